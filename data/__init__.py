@@ -1,0 +1,1 @@
+"""Clips, glossaries, audio files, batches and the loader. Needs no torch."""

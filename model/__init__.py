@@ -1,0 +1,1 @@
+"""Towers, pooling, heads, Hugging Face weights in, log-mel on the device."""

@@ -1,0 +1,1 @@
+"""The side that users of a trained model see: encode, rank, measure."""
