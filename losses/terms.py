@@ -1,0 +1,97 @@
+"""The terms of the objective beyond plain InfoNCE: hard negatives and clips without a term.
+
+Shapes: B clips of this rank, N unique terms of the global batch, K bank entries, H hard negatives a clip, E embedding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losses.infonce import cosine_scores, floor_of, weighted_sum
+from losses.relations import Relations, equal_pairs, pair_mask
+
+
+@dataclass(frozen=True)
+class TermBank:
+    """Glossary terms embedded some steps ago: negatives from outside the batch. They are constants, yet the *audio*
+    side of their scores is live, so they do train it."""
+
+    embeddings_KE: Tensor  # unit rows, on the device
+    keys_K: Tensor  # int64, CPU
+    groups_K: Tensor  # int64, CPU
+
+    def left_out_BK(self, relations: Relations, rank: int) -> Tensor:
+        """bool [B, K] on the bank's device: entries that are no negative of a clip (a positive, a variant of one or of
+        a cut term), and entries that the batch itself embeds, which stand there fresh."""
+        device, clips = self.embeddings_KE.device, relations.clips_of(rank)
+        mine = (relations.clip_Q >= clips.start) & (relations.clip_Q < clips.stop)
+        query, entry = equal_pairs(relations.group_Q[mine], self.groups_K)
+        clip = relations.clip_Q[mine][query] - clips.start
+        in_batch_K = torch.isin(self.keys_K, relations.term_keys_N).to(device, non_blocking=True)
+        return pair_mask(clip, entry, len(clips), self.keys_K.numel(), device) | in_batch_K
+
+
+def hard_negative_loss(
+    audio_BE: Tensor,
+    cosine_BN: Tensor,
+    positives_BN: Tensor,
+    ignored_BN: Tensor,
+    row_weight_B: Tensor,
+    inv_temperature: Tensor,
+    k: int,
+    margin: float,
+    bank_KE: Tensor | None = None,
+    bank_left_out_BK: Tensor | None = None,
+) -> Tensor:
+    """This rank's share, a scalar: per clip with positives, the mean over its positives p of
+
+        softplus(lse_h(s_h) - s_p)          h: the k highest scoring negatives of batch and bank
+
+    Candidates with cosine above pos - |pos| * margin, pos being the clip's best positive, are taken for false negatives
+    (TopK-MarginPos: Moreira et al. 2024, "NV-Retriever"). Which k are hardest is decided without gradient; their scores
+    carry it to the audio and, for terms of the batch, to the term side. A clip with no candidate left contributes 0.
+    """
+    with torch.no_grad():
+        floor = floor_of(cosine_BN)
+        best_B = cosine_BN.masked_fill(~positives_BN, floor).amax(dim=1) if cosine_BN.shape[1] else cosine_BN.sum(dim=1)
+        limit_B1 = (best_B - best_B.abs() * margin)[:, None]
+        open_BN = ~positives_BN & ~ignored_BN & (cosine_BN <= limit_B1)
+        hardest_BH = cosine_BN.masked_fill(~open_BN, floor).topk(min(k, cosine_BN.shape[1]), dim=1).indices
+        usable_BH = open_BN.gather(1, hardest_BH)
+    negatives_BH = cosine_BN.gather(1, hardest_BH).masked_fill(~usable_BH, floor)
+
+    if bank_KE is not None:
+        assert bank_left_out_BK is not None
+        assert bank_left_out_BK.shape == (audio_BE.shape[0], bank_KE.shape[0])
+        bank_KE = bank_KE.detach()
+        with torch.no_grad():
+            bank_BK = cosine_scores(audio_BE, bank_KE)
+            bank_BK.masked_fill_(bank_left_out_BK | (bank_BK > limit_B1), floor)
+            top_BH, hardest_BH = bank_BK.topk(min(k, bank_KE.shape[0]), dim=1)
+        # Only the chosen entries are scored with gradient: [B, K] scores of a large bank would not be worth saving.
+        chosen_BHE = bank_KE[hardest_BH].to(cosine_BN.dtype)
+        bank_BH = (audio_BE.to(cosine_BN.dtype)[:, None, :] * chosen_BHE).sum(dim=2)
+        negatives_BH = torch.cat([negatives_BH, bank_BH.masked_fill(top_BH <= floor, floor)], dim=1)
+        negatives_BH = negatives_BH.topk(min(k, negatives_BH.shape[1]), dim=1).values
+
+    none_left_BH = negatives_BH <= floor
+    lse_B1 = (negatives_BH * inv_temperature).masked_fill(none_left_BH, floor).logsumexp(dim=1, keepdim=True)
+    lse_B1 = lse_B1.clamp(min=floor)  # no column at all: logsumexp over nothing is -inf
+    loss_BN = torch.nn.functional.softplus(lse_B1 - cosine_BN * inv_temperature).masked_fill(~positives_BN, 0.0)
+    loss_B = loss_BN.sum(dim=1) / positives_BN.sum(dim=1).clamp(min=1)
+    return weighted_sum(loss_B, row_weight_B)
+
+
+def no_term_loss(
+    cosine_BN: Tensor, ignored_BN: Tensor, row_weight_B: Tensor, inv_temperature: Tensor, margin: float
+) -> Tensor:
+    """This rank's share, a scalar: mean over clips without a term of log(1 + sum_j exp((cos_j - margin) / tau)).
+
+    It is InfoNCE against one extra "no term here" column that always scores `margin`; its gradient only pushes.
+    row_weight_B is 0 for clips with a term; ignored terms (cut ones, for these clips) are left out.
+    """
+    scores_BN = (cosine_BN - margin) * inv_temperature
+    scores_BN = scores_BN.masked_fill(ignored_BN, floor_of(cosine_BN))
+    loss_B = torch.cat([scores_BN.new_zeros(scores_BN.shape[0], 1), scores_BN], dim=1).logsumexp(dim=1)
+    return weighted_sum(loss_B, row_weight_B)
