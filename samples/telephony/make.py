@@ -140,7 +140,9 @@ def choose_test_texts(prompts: list[Prompt], terms: list[str], seed: int) -> set
         if num_terms > best_terms:
             best, best_terms = texts, num_terms
     if not best:
-        raise ValueError(f"no draw of {TRIES} gives a valid split of these prompts with --seed {seed}; try another seed")
+        raise ValueError(
+            f"no draw of {TRIES} gives a valid split of these prompts with --seed {seed}; try another seed"
+        )
     return best
 
 
@@ -271,7 +273,7 @@ def glossary_of(terms: list[str]) -> dict[str, dict]:
 
 
 def write_ogg(prompt: Prompt, path: Path, compression: float) -> int:
-    """Encode the whole prompt; returns the bytes written. Raises ValueError when the copy is not as long as the source."""
+    """Encode the whole prompt; the bytes written. Raises ValueError when the copy is not as long as the source."""
     pcm_S, rate = sf.read(prompt.audio, dtype="float32")
     if rate != SAMPLE_RATE or pcm_S.ndim != 1:
         raise ValueError(f"{prompt.audio}: {rate} Hz, shape {pcm_S.shape}; prompts are {SAMPLE_RATE} Hz mono")
