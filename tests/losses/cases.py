@@ -141,6 +141,9 @@ def oracle(clips: list[ClipCase], leaves: Leaves, settings: LossSettings) -> dic
     def cosine(row: Tensor, key: int) -> Tensor:
         return row @ leaves.table_VE[key - 10]
 
+    def value(score: Tensor) -> float:
+        return float(score.detach())
+
     inv_t, everyone = leaves.inv_temperature, range(len(clips))
     audio, text = leaves.audio_GE, leaves.text_GE
 
@@ -170,10 +173,10 @@ def oracle(clips: list[ClipCase], leaves: Leaves, settings: LossSettings) -> dic
             total = sum(((cosine(audio[i], key) - settings.no_term_margin) * inv_t).exp() for key in kept)
             no_term_rows.append(torch.log(torch.as_tensor(1.0 + total, dtype=torch.float64)))
             continue
-        best = max(float(cosine(audio[i], key)) for key in clips[i].positives)
+        best = max(value(cosine(audio[i], key)) for key in clips[i].positives)
         limit = best - abs(best) * settings.hard_neg_margin
         rivals = [cosine(audio[i], key) for key in keys if not clips[i].concerns(key)]
-        rivals = sorted((c for c in rivals if float(c) <= limit), key=float, reverse=True)[: settings.hard_neg_k]
+        rivals = sorted((c for c in rivals if value(c) <= limit), key=value, reverse=True)[: settings.hard_neg_k]
         per_positive = []
         for key in clips[i].positives:
             if rivals:

@@ -1,7 +1,7 @@
 """Real processes: gradients at 2, 4 and 8 ranks equal the one-process reference, temperature included.
 
-Guards two traps: gathers without gradient give encoders 1/world_size of theirs, and recipes that multiply the loss by the
-world size give a learned temperature world_size times its own.
+Guards two traps: gathers without gradient give encoders 1/world_size of theirs, and recipes that multiply the loss by
+the world size give a learned temperature world_size times its own.
 """
 
 import json
