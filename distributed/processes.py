@@ -1,0 +1,132 @@
+"""Start and stop the processes of a run: torchrun's environment in, a `World` out.
+
+Without torchrun's variables the run is a single process with no process group; every collective is then the identity.
+With them there is one group with two backends: gloo moves CPU tensors (ids, decisions, JSON), so a decision never waits
+for the GPU's queue, and NCCL moves CUDA tensors (embeddings, gradients).
+"""
+
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+STOP_LIMIT_S = 10.0  # within torchrun's 30 s between SIGTERM and SIGKILL
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    backend: str
+    attempt: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeout_s: float = 600.0) -> World:
+    """Read the environment, choose the device and join the other processes.
+
+    device: "auto" (CUDA when there is a GPU), "cpu" or "cuda". The time limits are in seconds; the first holds for
+    every later collective, the second for this call. Raises ValueError for an environment that cannot be right and
+    `torch.distributed.DistError` when the others do not come in time.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda")
+    if dist.is_initialized():
+        raise RuntimeError("the process group is already there: processes.start() runs once in a process")
+    present = [name for name in TORCHRUN_VARIABLES if name in os.environ]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return World(0, 1, 0, _choose_device(device, 0), "none", 0)
+    missing = [name for name in TORCHRUN_VARIABLES if name not in present]
+    if missing:
+        raise ValueError(
+            f"the environment has {', '.join(present)} but not {', '.join(missing)}; "
+            "start with torchrun, which sets all of them, or unset them for a single process"
+        )
+    rank, world_size, local_rank, port = (
+        _env_int(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    )
+    attempt = _env_int("TORCHELASTIC_RESTART_COUNT", default=0)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK is {rank}; allowed: 0 to WORLD_SIZE - 1 = {world_size - 1}")
+    chosen = _choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size == 1:
+        return World(rank, world_size, local_rank, chosen, "none", attempt)
+
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        port,
+        world_size,
+        is_master=rank == 0 and not agent_hosts,
+        timeout=timedelta(seconds=start_timeout_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    # torchrun keeps one store over all its restarts. Keys of a killed attempt would pair new ranks with dead addresses.
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=collective_timeout_s),
+    )
+    return World(rank, world_size, local_rank, chosen, backend, attempt)
+
+
+def stop() -> None:
+    """Leave the group. Safe on an error path: a peer that is stuck in a collective is waited for 10 s, no longer."""
+    if not dist.is_initialized():
+        return
+    device_index = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def leave() -> None:
+        if device_index is not None:
+            torch.cuda.set_device(device_index)
+        dist.destroy_process_group()
+
+    thread = threading.Thread(target=leave, name="leave-process-group", daemon=True)
+    thread.start()
+    thread.join(STOP_LIMIT_S)
+    if thread.is_alive():
+        logger.warning(
+            "the process group did not close within %.0f s; leaving it to the end of the process", STOP_LIMIT_S
+        )
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank} but this machine shows {count} GPUs; start at most {count} processes here "
+            "(torchrun --nproc-per-node), or set --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _env_int(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ValueError(f"{name} is {text!r} in the environment; allowed: a whole number") from None
