@@ -1,0 +1,164 @@
+"""The audio tower of Qwen2-Audio and of Whisper, on packed clips, with the checkpoint's own key names.
+
+References: Whisper (Radford et al. 2022, https://arxiv.org/abs/2212.04356), Qwen2-Audio (Chu et al. 2024,
+https://arxiv.org/abs/2407.10759). The published code pads each clip to 30 s and masks the padding out of attention;
+positions are absolute, so leaving the padding away changes nothing but the convolutions' edge, which `AudioLayout`
+keeps exact.
+
+Shapes: T mel frame slots, P packed tokens, Q packed tokens after pooling, D hidden, H heads, M mels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import packed_attention
+from model.norms import LayerNorm, stream_dtype
+from model.packing import AudioLayout, SequenceLayout
+
+# Left out by the published config.json of Qwen2-Audio, which relies on transformers' defaults.
+_DEFAULTS = {
+    "num_mel_bins": 128,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "d_model": 1280,
+    "max_source_positions": 1500,
+}
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Shape of an audio tower. `pool` is 2 where the tower averages token pairs before its last norm, else 1."""
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+    num_mels: int
+    max_positions: int
+    pool: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], use_defaults: bool = True) -> "AudioConfig":
+        """Read a qwen2_audio, qwen2_audio_encoder or whisper config. Raises ValueError for anything else.
+
+        `use_defaults` fills what a Qwen2-Audio checkpoint leaves to transformers; an architecture file must say it all.
+        """
+        if config.get("model_type") == "qwen2_audio":
+            config = {"model_type": "qwen2_audio_encoder", **(config.get("audio_config") or {})}
+        model_type = config.get("model_type")
+        if model_type not in ("qwen2_audio_encoder", "whisper"):
+            raise ValueError(
+                f"model_type: got {model_type!r}, an audio tower must be qwen2_audio, qwen2_audio_encoder or whisper"
+            )
+        if config.get("activation_function", "gelu") != "gelu":
+            raise ValueError(f"activation_function: got {config['activation_function']!r}, only 'gelu' is supported")
+        missing = [key for key in _DEFAULTS if key not in config]
+        if missing and (model_type == "whisper" or not use_defaults):
+            raise ValueError(f"audio config: {', '.join(missing)} missing")
+        values = {key: int(config.get(key, default)) for key, default in _DEFAULTS.items()}
+        if values["d_model"] % values["encoder_attention_heads"]:
+            raise ValueError(
+                f"d_model: got {values['d_model']}, must be a multiple of encoder_attention_heads "
+                f"({values['encoder_attention_heads']})"
+            )
+        return cls(
+            d_model=values["d_model"],
+            num_layers=values["encoder_layers"],
+            num_heads=values["encoder_attention_heads"],
+            ffn_dim=values["encoder_ffn_dim"],
+            num_mels=values["num_mel_bins"],
+            max_positions=values["max_source_positions"],
+            pool=2 if model_type == "qwen2_audio_encoder" else 1,
+        )
+
+    @property
+    def max_frames(self) -> int:
+        """Mel frames of the longest clip: two a position."""
+        return 2 * self.max_positions
+
+
+class AudioAttention(nn.Module):
+    """Bidirectional multi-head attention within each clip."""
+
+    def __init__(self, config: AudioConfig, attention: str) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention = attention
+        self.q_proj = nn.Linear(config.d_model, config.d_model)
+        self.k_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.d_model)
+        self.out_proj = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x_PD: Tensor, layout: SequenceLayout) -> Tensor:
+        q_PHD, k_PHD, v_PHD = (
+            proj(x_PD).unflatten(1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_PHD = packed_attention(q_PHD, k_PHD, v_PHD, layout, causal=False, backend=self.attention)
+        return self.out_proj(out_PHD.flatten(1))
+
+
+class AudioLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: AudioConfig, attention: str, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.self_attn = AudioAttention(config, attention)
+        self.self_attn_layer_norm = LayerNorm(config.d_model)
+        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
+        self.final_layer_norm = LayerNorm(config.d_model)
+
+    def forward(self, x_PD: Tensor, layout: SequenceLayout) -> Tensor:
+        attended_PD = self.self_attn(self.self_attn_layer_norm(x_PD), layout)
+        x_PD = x_PD + F.dropout(attended_PD, self.dropout, self.training)
+        expanded_PD = self.fc2(F.gelu(self.fc1(self.final_layer_norm(x_PD))))
+        return x_PD + F.dropout(expanded_PD, self.dropout, self.training)
+
+
+class AudioTower(nn.Module):
+    """Mel slots in, one vector a (pooled) token out."""
+
+    def __init__(
+        self, config: AudioConfig, attention: str = "auto", checkpointing: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = checkpointing
+        self.conv1 = nn.Conv1d(config.num_mels, config.d_model, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=2, padding=1)
+        self.embed_positions = nn.Embedding(config.max_positions, config.d_model)
+        self.layers = nn.ModuleList(AudioLayer(config, attention, dropout) for _ in range(config.num_layers))
+        self.layer_norm = LayerNorm(config.d_model)
+
+    def layout(self, num_samples: list[int], device: torch.device | str) -> AudioLayout:
+        """Index tables for clips of these lengths; ValueError for one that is empty or beyond the tower's reach."""
+        return AudioLayout.build(num_samples, self.config.pool, self.config.max_frames, device)
+
+    def forward(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
+        """Return x_QD in the compute dtype, tokens as in `layout.pooled`; `mel_TM` is zero in the gaps."""
+        x_PD = self._embed(mel_TM.to(stream_dtype(self.conv1.weight)), layout)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                # Reentrant checkpointing would give no gradient at all behind a frozen input.
+                x_PD = checkpoint(layer, x_PD, layout.tokens, use_reentrant=False)
+            else:
+                x_PD = layer(x_PD, layout.tokens)
+        if self.config.pool == 2:
+            x_PD = (x_PD[layout.pool_first_Q] + x_PD[layout.pool_second_Q]) / 2  # tokens P -> Q
+        return self.layer_norm(x_PD)
+
+    def _embed(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
+        h_1DT = F.gelu(self.conv1(mel_TM.T[None]))
+        # The second convolution pads each clip with zeros, not with what the first one makes of the gap.
+        h_1DT = h_1DT.masked_fill(~layout.is_kept_T, 0.0)
+        h_1DT = F.gelu(self.conv2(h_1DT))  # T slots -> T / 2
+        x_PD = h_1DT[0].T[layout.token_slot_P]
+        return x_PD + self.embed_positions(layout.tokens.place_P).to(x_PD.dtype)

@@ -1,0 +1,110 @@
+"""The two encoders behind one embedding space: clip -> unit vector, string -> unit vector.
+
+Shapes: B clips, N strings, T mel frame slots, P packed tokens, Q packed tokens after pooling, D hidden, E embedding,
+M mels.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.audio_tower import AudioConfig, AudioTower
+from model.logmel import LogMel
+from model.packing import AudioLayout, AudioPack, SequenceLayout, TextPack
+from model.text_tower import TextConfig, TextTower
+
+
+class CastLinear(nn.Linear):
+    """nn.Linear that computes in its input's dtype: trainable in fp32 behind a half-precision tower."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+
+
+class MultiModalProjector(nn.Module):
+    """From the audio tower's width to the language model's, as in Qwen2-Audio."""
+
+    def __init__(self, audio_width: int, text_width: int) -> None:
+        super().__init__()
+        self.linear = CastLinear(audio_width, text_width)
+
+    def forward(self, x_QD: Tensor) -> Tensor:
+        return self.linear(x_QD)
+
+
+class DualEncoder(nn.Module):
+    """Both towers, a mean over each one's tokens, and a linear head each.
+
+    With `audio_readout="lm"` the audio tower's frames also pass through the projector and the language model.
+    `compute_dtype` bf16 or fp16 over fp32 weights opens torch.autocast here, so callers need none.
+    """
+
+    def __init__(
+        self,
+        audio_config: AudioConfig,
+        text_config: TextConfig,
+        proj_dim: int = 512,
+        audio_readout: Literal["tower", "lm"] = "tower",
+        attention: str = "auto",
+        checkpointing: bool = False,
+        dropout: float = 0.0,
+        compute_dtype: torch.dtype = torch.float32,
+        augment_mel: Callable[[Tensor, AudioLayout], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.augment_mel = augment_mel
+        self.log_mel = LogMel(audio_config.num_mels)
+        self.audio_tower = AudioTower(audio_config, attention, checkpointing, dropout)
+        self.language_model = TextTower(text_config, attention, checkpointing, dropout)
+        self.multi_modal_projector: MultiModalProjector | None = None
+        audio_width = audio_config.d_model
+        if audio_readout == "lm":
+            self.multi_modal_projector = MultiModalProjector(audio_config.d_model, text_config.hidden_size)
+            audio_width = text_config.hidden_size
+        self.audio_head = nn.Linear(audio_width, proj_dim)
+        self.text_head = nn.Linear(text_config.hidden_size, proj_dim)
+
+    @property
+    def device(self) -> torch.device:
+        return self.audio_head.weight.device
+
+    def encode_audio(self, pack: AudioPack) -> Tensor:
+        """Return audio_BE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long clip."""
+        pack = pack.to(self.device, non_blocking=True)
+        layout = self.audio_tower.layout(pack.num_samples, self.device)
+        with self._autocast():
+            x_QD = self.audio_tower(self._mel(pack, layout), layout)
+            if self.multi_modal_projector is not None:
+                x_QD = self.multi_modal_projector(x_QD)
+                x_QD = self.language_model.forward_embeds(x_QD, layout.pooled.lengths, layout.pooled)
+        return self._embed(x_QD, layout.pooled, self.audio_head)
+
+    def encode_text(self, pack: TextPack) -> Tensor:
+        """Return text_NE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long string."""
+        pack = pack.to(self.device, non_blocking=True)
+        layout = SequenceLayout.build(pack.lengths, self.device)
+        with self._autocast():
+            x_PD = self.language_model(pack, layout)
+        return self._embed(x_PD, layout, self.text_head)
+
+    def _mel(self, pack: AudioPack, layout: AudioLayout) -> Tensor:
+        is_fp64 = self.audio_head.weight.dtype == torch.float64
+        mel_TM = self.log_mel(pack.pcm_S, layout, torch.float64 if is_fp64 else torch.float32)
+        if self.training and self.augment_mel is not None:
+            mel_TM = self.augment_mel(mel_TM, layout)
+        return mel_TM
+
+    def _embed(self, x_PD: Tensor, layout: SequenceLayout, head: nn.Linear) -> Tensor:
+        with torch.autocast(x_PD.device.type, enabled=False):
+            return F.normalize(head(layout.mean(x_PD).to(head.weight.dtype)), dim=-1)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        weight = self.language_model.norm.weight
+        if self.compute_dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32:
+            return torch.autocast(weight.device.type, dtype=self.compute_dtype)
+        return nullcontext()

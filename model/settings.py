@@ -1,0 +1,64 @@
+"""What the user may choose about the model."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+AudioReadout = Literal["tower", "lm"]
+Trainable = Literal["lora", "full"]
+BaseDtype = Literal["auto", "bf16", "fp32"]
+AttentionName = Literal["auto", "flash", "varlen", "sdpa"]
+
+
+@dataclass
+class ModelSettings:
+    """Which towers, where their weights come from, and how they are run."""
+
+    model_name: str = "Qwen/Qwen2-Audio-7B-Instruct"
+    """Checkpoint that gives both towers: a folder or a Hugging Face hub name."""
+    audio_model: str | None = None
+    """Replaces the audio tower: a Qwen2-Audio or Whisper checkpoint (folder or hub name), or an architecture .json for random weights."""  # noqa: E501
+    text_model: str | None = None
+    """Replaces the text tower: a Qwen2-Audio or Qwen2/2.5 checkpoint (folder or hub name), or an architecture .json for random weights."""  # noqa: E501
+    audio_readout: AudioReadout = "tower"
+    """tower: mean over the audio tower's frames; lm: these frames first pass through the language model."""
+    proj_dim: int = 512
+    """Size of the shared embedding space."""
+    trainable: Trainable = "lora"
+    """lora: towers frozen, adapters and heads train; full: everything trains, on fp32 masters."""
+    base_dtype: BaseDtype = "auto"
+    """Storage type of frozen towers; auto: bf16 on CUDA, fp32 on the CPU. `full` always keeps fp32."""
+    attention: AttentionName = "auto"
+    """Attention kernel; auto takes flash_attn, else torch's varlen, else scaled_dot_product_attention."""
+    checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about half as much time again."""
+    tower_dropout: float = 0.0
+    """Dropout on the residual branches of both towers, for small towers trained from nothing."""
+    spec_time_masks: int = 0
+    """SpecAugment: time masks a clip in training; 0 turns them off."""
+    spec_time_width_frames: int = 20
+    """SpecAugment: widest time mask, in 10 ms frames (never more than a quarter of the clip)."""
+    spec_freq_masks: int = 0
+    """SpecAugment: frequency masks a clip in training; 0 turns them off."""
+    spec_freq_width_bins: int = 15
+    """SpecAugment: widest frequency mask, in mel bins."""
+
+    def validate(self) -> None:
+        """Raise ValueError naming the field, its value and what is allowed."""
+        choices = {
+            "audio_readout": ("tower", "lm"),
+            "trainable": ("lora", "full"),
+            "base_dtype": ("auto", "bf16", "fp32"),
+            "attention": ("auto", "flash", "varlen", "sdpa"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}: got {getattr(self, field)!r}, allowed are {', '.join(allowed)}")
+        if self.proj_dim < 1:
+            raise ValueError(f"proj_dim: got {self.proj_dim}, must be at least 1")
+        if not 0.0 <= self.tower_dropout < 1.0:
+            raise ValueError(f"tower_dropout: got {self.tower_dropout}, must be in [0, 1)")
+        for field in ("spec_time_masks", "spec_time_width_frames", "spec_freq_masks", "spec_freq_width_bins"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}: got {getattr(self, field)}, must be 0 or more")
+        if self.trainable == "full" and self.base_dtype == "bf16":
+            raise ValueError("base_dtype: got 'bf16' with trainable='full', which keeps fp32 masters; use auto or fp32")

@@ -1,0 +1,195 @@
+"""The Qwen2 language model without its head, on packed strings, with the checkpoint's own key names.
+
+Reference: Qwen2 (Yang et al. 2024, https://arxiv.org/abs/2407.10671): pre-norm with RMSNorm, rotary positions (Su et al.
+2021), grouped queries, SwiGLU.
+
+Shapes: P packed tokens, D hidden, H query heads, K key/value heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import packed_attention
+from model.norms import RMSNorm, stream_dtype
+from model.packing import SequenceLayout, TextPack
+
+# Left out by the published config.json of Qwen2-Audio, which relies on transformers' defaults.
+_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 32768,
+}
+_ROPE_THETA = 10_000.0
+_RMS_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of a text tower."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rope_theta: float
+    rms_norm_eps: float
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], use_defaults: bool = True) -> "TextConfig":
+        """Read a qwen2 or qwen2_audio config. Raises ValueError for what this tower cannot run.
+
+        `use_defaults` fills what a checkpoint leaves to transformers; an architecture file must say it all.
+        """
+        if config.get("model_type") == "qwen2_audio":
+            config = {"model_type": "qwen2", **(config.get("text_config") or {})}
+        if config.get("model_type") != "qwen2":
+            raise ValueError(f"model_type: got {config.get('model_type')!r}, a text tower must be qwen2_audio or qwen2")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act: got {config['hidden_act']!r}, only 'silu' is supported")
+        if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+            raise ValueError("use_sliding_window: this checkpoint uses sliding windows, which are not supported")
+        missing = [key for key in _DEFAULTS if key not in config and key != "max_position_embeddings"]
+        if missing and not use_defaults:
+            raise ValueError(f"text architecture: {', '.join(missing)} missing")
+        values = {key: int(config.get(key, default)) for key, default in _DEFAULTS.items()}
+        hidden_size, num_heads = values["hidden_size"], values["num_attention_heads"]
+        num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_attention_heads: got {num_heads}, must be a multiple of {num_kv_heads} (key/value)")
+        if not config.get("head_dim") and hidden_size % num_heads:
+            raise ValueError(f"hidden_size: got {hidden_size}, must be a multiple of num_attention_heads ({num_heads})")
+        return cls(
+            vocab_size=values["vocab_size"],
+            hidden_size=hidden_size,
+            intermediate_size=values["intermediate_size"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+            max_positions=values["max_position_embeddings"],
+            rope_theta=_read_rope_theta(config),
+            rms_norm_eps=float(config.get("rms_norm_eps", _RMS_NORM_EPS)),
+        )
+
+
+def _read_rope_theta(config: Mapping[str, Any]) -> float:
+    """transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ValueError(f"rope_type: got {rope_type!r}, only 'default' (no scaling) is supported")
+    return float(rope.get("rope_theta") or config.get("rope_theta") or _ROPE_THETA)
+
+
+class TextAttention(nn.Module):
+    """Causal grouped-query attention within each string, with rotary positions."""
+
+    def __init__(self, config: TextConfig, attention: str) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.attention = attention
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x_PD: Tensor, cos_P1D: Tensor, sin_P1D: Tensor, layout: SequenceLayout) -> Tensor:
+        q_PHD, k_PKD, v_PKD = (
+            proj(x_PD).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_PHD, k_PKD = _rotate(q_PHD, cos_P1D, sin_P1D), _rotate(k_PKD, cos_P1D, sin_P1D)
+        out_PHD = packed_attention(q_PHD, k_PKD, v_PKD, layout, causal=True, backend=self.attention)
+        return self.o_proj(out_PHD.flatten(1))
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_PD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_PD)) * self.up_proj(x_PD))
+
+
+class TextLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: TextConfig, attention: str, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.self_attn = TextAttention(config, attention)
+        self.mlp = GatedMlp(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_PD: Tensor, cos_P1D: Tensor, sin_P1D: Tensor, layout: SequenceLayout) -> Tensor:
+        attended_PD = self.self_attn(self.input_layernorm(x_PD), cos_P1D, sin_P1D, layout)
+        x_PD = x_PD + F.dropout(attended_PD, self.dropout, self.training)
+        expanded_PD = self.mlp(self.post_attention_layernorm(x_PD))
+        return x_PD + F.dropout(expanded_PD, self.dropout, self.training)
+
+
+class TextTower(nn.Module):
+    """Token ids (or embeddings) in, one vector a token out."""
+
+    def __init__(
+        self, config: TextConfig, attention: str = "auto", checkpointing: bool = False, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = checkpointing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TextLayer(config, attention, dropout) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, pack: TextPack, layout: SequenceLayout | None = None) -> Tensor:
+        """Return x_PD in the compute dtype; positions restart with each string. Raises as `forward_embeds`."""
+        x_PD = self.embed_tokens(pack.ids_P).to(stream_dtype(self.embed_tokens.weight))
+        return self.forward_embeds(x_PD, pack.lengths, layout)
+
+    def forward_embeds(self, x_PD: Tensor, lengths: list[int], layout: SequenceLayout | None = None) -> Tensor:
+        """The same from embeddings. `layout` may be given where the caller has it. ValueError for a string too long."""
+        layout = layout or SequenceLayout.build(lengths, x_PD.device)
+        if layout.max_len > self.config.max_positions:
+            limit = self.config.max_positions
+            raise ValueError(f"lengths: the longest is {layout.max_len} tokens, the text tower takes {limit}")
+        cos_P1D, sin_P1D = self._rotary(layout, x_PD.dtype)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                # Reentrant checkpointing would give no gradient at all behind a frozen input.
+                x_PD = checkpoint(layer, x_PD, cos_P1D, sin_P1D, layout, use_reentrant=False)
+            else:
+                x_PD = layer(x_PD, cos_P1D, sin_P1D, layout)
+        return self.norm(x_PD)
+
+    def _rotary(self, layout: SequenceLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each token's angles [P, 1, head_dim]; angles in fp32 (fp64 in fp64), then `dtype`."""
+        wide = torch.promote_types(dtype, torch.float32)
+        half = torch.arange(0, self.config.head_dim, 2, device=layout.place_P.device).to(wide)
+        frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
+        angles_LD = torch.outer(torch.arange(layout.max_len, device=half.device).to(wide), frequencies).repeat(1, 2)
+        cos_LD, sin_LD = angles_LD.cos().to(dtype), angles_LD.sin().to(dtype)
+        return cos_LD[layout.place_P][:, None], sin_LD[layout.place_P][:, None]
+
+
+def _rotate(x_PHD: Tensor, cos_P1D: Tensor, sin_P1D: Tensor) -> Tensor:
+    first, second = x_PHD.chunk(2, dim=-1)
+    return x_PHD * cos_P1D + torch.cat((-second, first), dim=-1) * sin_P1D
