@@ -12,12 +12,13 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import cases  # beside this script
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import cases  # beside this script
 
 from distributed.collectives import gather_rows
 from losses.relations import BatchIds, Relations
