@@ -1,0 +1,212 @@
+"""Audio files in: a header check that costs no decoding, and int16 16 kHz mono out, or an `AudioError` with a reason.
+
+libsndfile opens much that cannot be trained on: half a WAV, OGG or MP3 reads without an error, a header may declare
+one sample a second, 1024 channels or ten hours in two megabytes, floats may be NaN. So `probe` judges the header
+(and the container's own sizes) before anything is decoded, and `read_pcm` never asks for more frames than were
+declared, then compares what came with what was promised.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+SAMPLE_RATE = 16_000  # Hz, of everything that leaves this file
+MIN_CLIP_S, MAX_CLIP_S = 0.01, 30.0
+MIN_RATE, MAX_RATE = 4_000, 384_000
+MAX_CHANNELS = 8
+# A file up to this long is decoded whole and cut afterwards, a longer one is read by span. It depends on the file
+# alone, never on what happens to be cached, so that a clip's samples are the same in every run.
+WHOLE_FILE_S = 120.0
+SILENCE_PEAK = 1e-4  # of full scale, about three steps of 16 bits
+OGG_TAIL = 70_000  # bytes: an Ogg page is at most 65,307
+
+
+class AudioError(Exception):
+    """A file or span that cannot be used: `reason` for counting, `detail` for people."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class AudioInfo:
+    """What a header declares."""
+
+    frames: int
+    rate: int
+    channels: int
+
+    @property
+    def duration_s(self) -> float:
+        return self.frames / self.rate
+
+
+def probe(path: str | Path) -> AudioInfo:
+    """Judge a file by its header. Raises AudioError; decodes nothing."""
+    num_bytes = _regular_file_size(path)
+    try:
+        info = sf.info(str(path))
+    except (sf.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
+        raise AudioError("not_audio", f"libsndfile cannot open it ({_said(error)})") from error
+    if not MIN_RATE <= info.samplerate <= MAX_RATE:
+        raise AudioError("bad_rate", f"{info.samplerate} Hz; allowed are {MIN_RATE} to {MAX_RATE}")
+    if not 1 <= info.channels <= MAX_CHANNELS:
+        raise AudioError("bad_channels", f"{info.channels} channels; allowed are 1 to {MAX_CHANNELS}")
+    if info.frames <= 0:
+        raise AudioError("empty_audio", "the header declares no samples")
+    with open(path, "rb") as file:
+        _check_container(file, num_bytes)
+    return AudioInfo(info.frames, info.samplerate, info.channels)
+
+
+def check_span(info: AudioInfo, start_s: float | None, end_s: float | None) -> float:
+    """Duration in seconds of the span (None = the file's start, end) of a probed file; AudioError if it is unusable."""
+    start_s = start_s or 0.0
+    end_s = info.duration_s if end_s is None else end_s
+    # Annotations round to milliseconds: an end slightly beyond the file is the file's end.
+    if start_s >= info.duration_s or end_s > info.duration_s + 0.05:
+        raise AudioError("outside_file", f"span {start_s} to {end_s} s of a file of {info.duration_s:.3f} s")
+    duration_s = min(end_s, info.duration_s) - start_s
+    if duration_s < MIN_CLIP_S:
+        raise AudioError("too_short", f"{duration_s:.4f} s; allowed are {MIN_CLIP_S} to {MAX_CLIP_S}")
+    if duration_s > MAX_CLIP_S + 1e-6:
+        raise AudioError("too_long", f"{duration_s:.2f} s; allowed are {MIN_CLIP_S} to {MAX_CLIP_S}")
+    return duration_s
+
+
+def read_pcm(path: str | Path, start_s: float | None = None, end_s: float | None = None) -> np.ndarray:
+    """The span (None = the file's start, end; seconds) as int16 [S], 16 kHz mono. Raises AudioError."""
+    info = probe(path)
+    check_span(info, start_s, end_s)
+    if info.duration_s <= WHOLE_FILE_S:
+        return cut(decode_whole(path, info), start_s, end_s)
+    first = round((start_s or 0.0) * info.rate)
+    last = min(info.frames, round(end_s * info.rate) if end_s is not None else info.frames)
+    pcm_S = _decode(path, info, first, last - first)
+    _refuse_silence(pcm_S)
+    return pcm_S
+
+
+def decode_whole(path: str | Path, info: AudioInfo) -> np.ndarray:
+    """A probed file as int16 [S], 16 kHz mono."""
+    return _decode(path, info, 0, info.frames)
+
+
+def cut(pcm_S: np.ndarray, start_s: float | None, end_s: float | None) -> np.ndarray:
+    """The span (seconds) out of int16 [S] at 16 kHz; AudioError when it is silent or too short."""
+    first = round((start_s or 0.0) * SAMPLE_RATE)
+    last = len(pcm_S) if end_s is None else min(len(pcm_S), round(end_s * SAMPLE_RATE))
+    span_S = pcm_S[first:last]
+    if len(span_S) < round(MIN_CLIP_S * SAMPLE_RATE):
+        raise AudioError("too_short", f"{len(span_S)} samples at {SAMPLE_RATE} Hz")
+    _refuse_silence(span_S)
+    return span_S
+
+
+def _decode(path: str | Path, info: AudioInfo, first: int, frames: int) -> np.ndarray:
+    try:
+        with sf.SoundFile(str(path)) as file:
+            if first:
+                file.seek(first)
+            samples_SC = file.read(frames, dtype="float32", always_2d=True)
+    except (sf.LibsndfileError, RuntimeError, ValueError) as error:
+        raise AudioError("undecodable", _said(error)) from error
+    if len(samples_SC) != frames:
+        raise AudioError("truncated", f"{len(samples_SC)} of {frames} declared samples could be decoded")
+    mono_S = samples_SC.mean(axis=1) if info.channels > 1 else samples_SC[:, 0]
+    if not np.isfinite(mono_S).all():
+        raise AudioError("not_finite", f"{int((~np.isfinite(mono_S)).sum())} samples are NaN or infinite")
+    if info.rate != SAMPLE_RATE:
+        mono_S = soxr.resample(mono_S, info.rate, SAMPLE_RATE)
+    return np.clip(np.rint(mono_S * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def _refuse_silence(pcm_S: np.ndarray) -> None:
+    peak = max(int(pcm_S.max(initial=0)), -int(pcm_S.min(initial=0)))
+    if peak <= SILENCE_PEAK * 32768:
+        raise AudioError("silent", f"the loudest sample is {peak} of 32768")
+
+
+def _regular_file_size(path: str | Path) -> int:
+    """Bytes of a regular, readable, non-empty file. A FIFO must not be opened: that waits for a writer."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise AudioError("missing", "no such file") from error
+    except OSError as error:
+        reason = "symlink_loop" if "symbolic" in str(error) else "unreadable"
+        raise AudioError(reason, error.strerror or str(error)) from error
+    except ValueError as error:  # a NUL in the path
+        raise AudioError("bad_path", str(error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise AudioError("directory", "it is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError("not_a_file", "it is a pipe, socket or device")
+    if status.st_size == 0:
+        raise AudioError("empty_file", "0 bytes")
+    if not os.access(path, os.R_OK):
+        raise AudioError("unreadable", "no permission to read it")
+    return status.st_size
+
+
+def _check_container(file: BinaryIO, num_bytes: int) -> None:
+    """Compare the sizes that a container declares with the file's; AudioError "truncated" when bytes are missing."""
+    head = file.read(2048)
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        _check_chunks(file, num_bytes, "little", b"data")
+    elif head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        _check_chunks(file, num_bytes, "big", b"SSND")
+    elif head[:4] == b"OggS":
+        file.seek(max(0, num_bytes - OGG_TAIL))
+        _check_ogg(file.read(OGG_TAIL))
+    elif head[:3] == b"ID3" or head[:1] == b"\xff":
+        _check_mp3(head, num_bytes)
+
+
+def _check_chunks(file: BinaryIO, num_bytes: int, order: Literal["little", "big"], wanted: bytes) -> None:
+    position = 12
+    while position + 8 <= num_bytes:
+        file.seek(position)
+        name, size = file.read(4), int.from_bytes(file.read(4), order)
+        if name == wanted:
+            # 0xFFFFFFFF and 0 are written by programs that stream and do not know the size.
+            if size not in (0, 0xFFFFFFFF) and position + 8 + size > num_bytes:
+                missing = position + 8 + size - num_bytes
+                raise AudioError("truncated", f"the header declares {missing} bytes more than the file has")
+            return
+        position += 8 + size + size % 2
+
+
+def _check_ogg(tail: bytes) -> None:
+    """The last page must be whole and carry the end-of-stream flag (RFC 3533)."""
+    page = tail.rfind(b"OggS")
+    segments = tail[page + 26] if page >= 0 and page + 27 <= len(tail) else 0
+    lengths = tail[page + 27 : page + 27 + segments]
+    whole = page >= 0 and len(lengths) == segments and page + 27 + segments + sum(lengths) <= len(tail)
+    if not whole or not tail[page + 5] & 0x04:
+        raise AudioError("truncated", "the last Ogg page is cut off or does not end the stream")
+
+
+def _check_mp3(head: bytes, num_bytes: int) -> None:
+    """A Xing/Info tag may declare the stream's bytes, counted from its frame, at most 36 bytes before the tag."""
+    tag = max(head.find(b"Xing"), head.find(b"Info"))
+    flags = int.from_bytes(head[tag + 4 : tag + 8], "big") if tag >= 0 else 0
+    at = tag + 8 + (4 if flags & 1 else 0)
+    if flags & 2 and at + 4 <= len(head):
+        declared = int.from_bytes(head[at : at + 4], "big")
+        if tag - 36 + declared > num_bytes:
+            raise AudioError("truncated", f"the Xing tag declares {declared} bytes, the file has {num_bytes}")
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__

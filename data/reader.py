@@ -1,0 +1,51 @@
+"""Clips' samples with a memory of decoded files, since decoding Ogg, MP3 or FLAC again for each chunk is slow."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+
+from data.audio import WHOLE_FILE_S, AudioInfo, check_span, cut, decode_whole, probe, read_pcm
+
+BYTES_PER_MB = 1_000_000
+
+
+class AudioReader:
+    """Reads spans as int16 [S], 16 kHz mono; the same samples as `read_pcm`, cached or not. Safe between threads.
+
+    Whole files of up to WHOLE_FILE_S are kept, least recently used out first, up to `cache_mb` megabytes.
+    """
+
+    def __init__(self, cache_mb: int = 512) -> None:
+        self.max_bytes = cache_mb * BYTES_PER_MB
+        self.num_bytes = 0
+        self._files: OrderedDict[str, tuple[AudioInfo, np.ndarray]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: str, start_s: float | None = None, end_s: float | None = None) -> np.ndarray:
+        """The span (None = the file's start, end; seconds). Raises AudioError. The array is not to be written to."""
+        with self._lock:
+            kept = self._files.get(path)
+            if kept is not None:
+                self._files.move_to_end(path)
+        info = kept[0] if kept else probe(path)
+        if kept is None and (self.max_bytes <= 0 or info.duration_s > WHOLE_FILE_S):
+            return read_pcm(path, start_s, end_s)
+        check_span(info, start_s, end_s)
+        pcm_S = kept[1] if kept else decode_whole(path, info)
+        if kept is None:
+            pcm_S.setflags(write=False)
+            self._keep(path, info, pcm_S)
+        return cut(pcm_S, start_s, end_s)
+
+    def _keep(self, path: str, info: AudioInfo, pcm_S: np.ndarray) -> None:
+        with self._lock:
+            if path in self._files or pcm_S.nbytes > self.max_bytes:
+                return
+            self._files[path] = (info, pcm_S)
+            self.num_bytes += pcm_S.nbytes
+            while self.num_bytes > self.max_bytes:
+                _, (_, dropped_S) = self._files.popitem(last=False)
+                self.num_bytes -= dropped_S.nbytes
