@@ -78,6 +78,18 @@ class AudioConfig:
             pool=2 if model_type == "qwen2_audio_encoder" else 1,
         )
 
+    def to_hf(self) -> dict[str, Any]:
+        """The same as an architecture file: what `from_hf` reads back."""
+        return {
+            "model_type": "qwen2_audio_encoder" if self.pool == 2 else "whisper",
+            "d_model": self.d_model,
+            "encoder_layers": self.num_layers,
+            "encoder_attention_heads": self.num_heads,
+            "encoder_ffn_dim": self.ffn_dim,
+            "num_mel_bins": self.num_mels,
+            "max_source_positions": self.max_positions,
+        }
+
     @property
     def max_frames(self) -> int:
         """Mel frames of the longest clip: two a position."""

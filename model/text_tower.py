@@ -1,7 +1,7 @@
 """The Qwen2 language model without its head, on packed strings, with the checkpoint's own key names.
 
-Reference: Qwen2 (Yang et al. 2024, https://arxiv.org/abs/2407.10671): pre-norm with RMSNorm, rotary positions (Su et al.
-2021), grouped queries, SwiGLU.
+Reference: Qwen2 (Yang et al. 2024, https://arxiv.org/abs/2407.10671): pre-norm with RMSNorm, rotary positions (Su et
+al. 2021), grouped queries, SwiGLU.
 
 Shapes: P packed tokens, D hidden, H query heads, K key/value heads.
 """
@@ -83,6 +83,22 @@ class TextConfig:
             rope_theta=_read_rope_theta(config),
             rms_norm_eps=float(config.get("rms_norm_eps", _RMS_NORM_EPS)),
         )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same as an architecture file: what `from_hf` reads back."""
+        return {
+            "model_type": "qwen2",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_positions,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.rms_norm_eps,
+        }
 
 
 def _read_rope_theta(config: Mapping[str, Any]) -> float:
