@@ -71,14 +71,14 @@ def build_model(
         "language_model": (text_source, text_config.num_layers),
     }
     if model.multi_modal_projector is not None:
-        is_joint = audio_source is text_source and audio_source.folder is not None
+        is_joint = audio_source.model_type == "qwen2_audio" and audio_source.folder == text_source.folder
         wanted["multi_modal_projector"] = (audio_source if is_joint else None, 1)
-    loaded: dict[int, tuple[Source, dict[str, nn.Module]]] = {}
+    loaded: dict[Path, tuple[Source, dict[str, nn.Module]]] = {}
     sources: dict[str, str] = {}
     for part, (source, num_layers) in wanted.items():
         module = model.get_submodule(part)
         if source is not None and source.folder is not None:
-            loaded.setdefault(id(source), (source, {}))[1][part] = module
+            loaded.setdefault(source.folder, (source, {}))[1][part] = module
             sources[part] = source.name
         else:
             is_random_projector = part == "multi_modal_projector"

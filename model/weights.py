@@ -1,7 +1,7 @@
 """Hugging Face weights in: from a name to a folder, from its safetensors to our parameters, one tensor at a time.
 
-Every key of a checkpoint either has a parameter, or is skipped by name (heads, decoders, a tower that another checkpoint
-replaces). All else is an error, raised before a byte of weights is read. Nothing is ever unpickled.
+Every key of a checkpoint either has a parameter, or is skipped by name (heads, decoders, a tower that another
+checkpoint replaces). All else is an error, raised before a byte of weights is read. Nothing is ever unpickled.
 """
 
 import json
@@ -104,7 +104,7 @@ def _read_config(field: str, path: Path) -> dict[str, Any]:
 def load_parts(source: Source, parts: Mapping[str, nn.Module], device: torch.device | str, dtype: torch.dtype) -> None:
     """Fill `parts` (audio_tower, multi_modal_projector, language_model) from the source's safetensors, cast to `dtype`.
 
-    Host memory holds one tensor at a time. Missing, unexpected and mis-shaped keys raise one ValueError that names them.
+    Host memory holds one tensor at a time. One ValueError names all missing, unexpected and mis-shaped keys.
     """
     assert source.folder is not None, "an architecture file has no weights"
     files = _list_files(source.folder)
