@@ -9,7 +9,7 @@ Ints, numbers and JSON travel on the CPU (gloo), so none of them waits for the G
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -243,6 +243,25 @@ def broadcast_json(value: Any) -> Any:
     payload = own if own_rank() == 0 else own.new_empty(int(size))
     dist.broadcast(payload, src=0)
     return json.loads(payload.numpy().tobytes())
+
+
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 alone; its small JSON value, or its failure, reaches all ranks.
+
+    Rank 0 raises what `action` raised, the others a RuntimeError with its text: nobody waits for a rank that failed.
+    """
+    failure, answer = None, None
+    if own_rank() == 0:
+        try:
+            answer = {"value": json.loads(_json_bytes(action()))}
+        except Exception as error:
+            failure, answer = error, {"error": f"{type(error).__name__}: {error}"}
+    answer = broadcast_json(answer)
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        raise RuntimeError(f"rank 0 failed: {answer['error']}")
+    return answer["value"]
 
 
 def _json_bytes(value: Any) -> bytes:

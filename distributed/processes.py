@@ -7,7 +7,9 @@ for the GPU's queue, and NCCL moves CUDA tensors (embeddings, gradients).
 
 import logging
 import os
+import secrets
 import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -41,7 +43,7 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
 
     device: "auto" (CUDA when there is a GPU), "cpu" or "cuda". The time limits are in seconds; the first holds for
     every later collective, the second for this call. Raises ValueError for an environment that cannot be right and
-    `torch.distributed.DistError` when the others do not come in time.
+    TimeoutError, naming the missing ranks, when the others do not come in time.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda")
@@ -79,10 +81,9 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
         wait_for_workers=False,
         multi_tenant=True,
     )
-    # torchrun keeps one store over all its restarts. Keys of a killed attempt would pair new ranks with dead addresses.
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=dist.PrefixStore(_meet(store, rank, world_size, start_timeout_s), store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=collective_timeout_s),
@@ -108,6 +109,48 @@ def stop() -> None:
         logger.warning(
             "the process group did not close within %.0f s; leaving it to the end of the process", STOP_LIMIT_S
         )
+
+
+def _meet(store: dist.TCPStore, rank: int, world_size: int, timeout_s: float) -> str:
+    """Agree on a store prefix that no earlier attempt has used.
+
+    torchrun keeps one store over all its restarts, and the keys of a killed attempt would pair new ranks with dead
+    addresses. TORCHELASTIC_RESTART_COUNT cannot be the prefix on several nodes: it is each node's own count, and a node
+    that restarts because *another* node failed does not raise it, so the nodes would wait under different prefixes.
+    So each rank announces a fresh word, rank 0 answers each word it finds with this attempt's prefix, and is done when
+    all have picked it up; words of dead attempts get an answer that nobody reads.
+    """
+    deadline = time.monotonic() + timeout_s
+    if rank != 0:
+        word = secrets.token_hex(8)
+        store.set(f"word-of-{rank}", word)
+        try:
+            prefix = store.get(f"answer-to-{word}").decode()
+        except dist.DistStoreError as error:
+            raise TimeoutError(f"rank 0 did not answer rank {rank} within {timeout_s:g} s (start_timeout_s)") from error
+        store.add(f"{prefix}-arrived", 1)
+        return prefix
+
+    prefix = f"attempt-{secrets.token_hex(8)}"
+    announced: list[int] = []
+    answered: set[bytes] = set()
+    while store.add(f"{prefix}-arrived", 0) < world_size - 1:
+        silent = sorted(set(range(1, world_size)) - set(announced))
+        announced += [r for r in silent if store.check([f"word-of-{r}"])]
+        words = set(store.multi_get([f"word-of-{r}" for r in announced])) if announced else set()
+        new = [word.decode() for word in words - answered]
+        if new:
+            for word in new:
+                store.set(f"answer-to-{word}", prefix)
+            answered |= words
+        elif time.monotonic() > deadline:
+            raise TimeoutError(
+                f"not all of {world_size} ranks came within {timeout_s:g} s (start_timeout_s); "
+                f"never heard of ranks {silent[:8]}"
+            )
+        else:
+            time.sleep(0.02)
+    return prefix
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
