@@ -155,7 +155,7 @@ def test_every_program_starts_with_the_shared_lines(program: Path) -> None:
         elif isinstance(node, ast.ImportFrom):
             early.append(node.module or ".")
     early = [name for name in early if name.split(".")[0] not in sys.stdlib_module_names]
-    assert not early, f"{program.name}: imports {early} before the path is right; only the standard library may come first"
+    assert not early, f"{program.name}: only the standard library may be imported first, not {early}"
 
 
 @pytest.mark.parametrize("program", programs(), ids=lambda p: p.name)
