@@ -1,0 +1,85 @@
+import json
+
+import pytest
+
+from data.records import find_file, iterate_records
+
+
+def read(path):
+    return [record for _, record in iterate_records(path)]
+
+
+@pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2.5}]', '{"a": 1}\n\n{"a": 2.5}\n', '\n  {"a": 1}\n{"a": 2.5}'])
+def test_arrays_and_lines_read_alike(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    assert list(iterate_records(path)) == [(0, {"a": 1}), (1, {"a": 2.5})]
+
+
+@pytest.mark.parametrize("content", ['[{"a": "é"}]', '{"a": "é"}\n'])
+def test_a_byte_order_mark_is_skipped(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content, encoding="utf-8-sig")
+    assert read(path) == [{"a": "é"}]
+
+
+def test_an_array_is_streamed_not_loaded_whole(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[" + ",".join(['{"a": 1}'] * 100_000) + ", broken")  # the end is never reached
+    records = iterate_records(path)
+    assert next(records) == (0, {"a": 1})
+    records.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b" \n ", "the file is empty"),
+        (b'[{"a": 1}, {"a"', "ends in the middle .* at record 1"),
+        (b'[{"a": 1}', "ends in the middle"),
+        (b'[{"a": NaN}]', "is not JSON at record 0"),
+        (b'{"a": 1}\n{"a": NaN}\n', "line 2 is not JSON: NaN is not a JSON number"),
+        (b'{"a": 1}\n{"a": Infinity}\n', "Infinity is not a JSON number"),
+        (b'{"a": 1}\n{"a": ', "line 2 is not JSON.*may be cut off"),
+        (b'{"a": 1}\n{"a": \xff}\n', "line 2"),
+        (b'{\n "s1": {"a": 1}\n}', "one JSON object over several lines; expected an array"),
+        (b"segment_id,term\n", "expected a JSON array"),
+        (b'"text"', "expected a JSON array"),
+        (b"RIFF....", "expected a JSON array"),
+        ("[]".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        (b'[{"a": 1}][{"a": 2}]', "trailing garbage"),
+        (b'[{"a": 1,}]', "is not JSON"),
+        (b"{" + b'"a":[' * 100_000, "one JSON object over several lines"),
+    ],
+)
+def test_files_that_are_not_records_are_refused_with_the_place(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_a_missing_file_and_a_folder_are_value_errors(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_files_are_looked_for_as_given_and_then_under_the_data_root(tmp_path, monkeypatch):
+    (tmp_path / "root" / "data").mkdir(parents=True)
+    (tmp_path / "root" / "data" / "x.json").write_text(json.dumps([]))
+    monkeypatch.chdir(tmp_path)
+    found = find_file("data/x.json", str(tmp_path / "root"), "--train_samples_path")
+    assert found == tmp_path / "root" / "data" / "x.json"
+
+
+def test_a_missing_default_file_names_the_flag_to_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"Set --train_samples_path to the file, or --data_root") as caught:
+        find_file("data/xl_term_level_chunks_merged.json", str(tmp_path / "root"), "--train_samples_path")
+    assert str(tmp_path / "root" / "data") in str(caught.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="a folder; it must name a file"):
+        find_file("folder", ".", "--test_samples_path")
