@@ -26,7 +26,7 @@ class SpecAugment:
     def __call__(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
         """Return mel_TM with masked places at 0, near the middle of Whisper's scale."""
         if self.time_masks and self.time_width_frames:
-            limit_B = (layout.num_frames_B * _MAX_MASKED_FRACTION).clamp(max=self.time_width_frames)
+            limit_B = (layout.num_frames_B * _MAX_MASKED_FRACTION).long().clamp(max=self.time_width_frames)
             start_BK, end_BK = self._draw(self.time_masks, limit_B, layout.num_frames_B)
             place_T1 = layout.place_T[:, None]
             hit_TK = (place_T1 >= start_BK[layout.owner_T]) & (place_T1 < end_BK[layout.owner_T])

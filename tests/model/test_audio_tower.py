@@ -1,7 +1,7 @@
-"""The packed audio tower against transformers' Qwen2AudioEncoder on clips padded to 30 s with the padding masked, in fp64.
+"""The packed audio tower against transformers' Qwen2AudioEncoder on clips padded to 30 s, the padding masked, in fp64.
 
-Whisper checkpoints run in the same encoder without its pooling: transformers' own WhisperEncoder attends to the padding,
-which is another function.
+Whisper checkpoints run in the same encoder without its pooling: transformers' own WhisperEncoder attends to the
+padding, which is another function.
 """
 
 import copy
@@ -22,7 +22,7 @@ LENGTHS_S = [0.03, 0.05, 1.0, 30.0, 1.234, 29.98, 29.99, 0.31]
 
 
 def padded_oracle(encoder, mel_BMT, num_frames):
-    """[(tokens, D)] a clip, as Qwen2AudioModel calls its tower; only whole pooled tokens, as the published code counts."""
+    """[tokens, D] a clip, as Qwen2AudioModel calls its tower; only whole pooled tokens, as the published code counts."""
     num_tokens = [(frames - 1) // 2 + 1 for frames in num_frames]
     mask_B11L = (torch.arange(1500) < torch.tensor(num_tokens)[:, None])[:, None, None]
     x_BLD = encoder(mel_BMT, attention_mask=mask_B11L).last_hidden_state
@@ -60,9 +60,7 @@ def check_parity(tower, log_mel, encoder, pack, mel_BMT, relative_error):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("scheme", ["v4", "v5"])
-def test_qwen2_audio_parity(
-    scheme, checkpointing, qwen2_audio, write_qwen2_audio, make_pack, mel_30_s, relative_error
-):
+def test_qwen2_audio_parity(scheme, checkpointing, qwen2_audio, write_qwen2_audio, make_pack, mel_30_s, relative_error):
     settings = ModelSettings(model_name=str(write_qwen2_audio(scheme)), checkpointing=checkpointing)
     model = build_model(settings, "cpu", torch.float64).model
     pack = make_pack(LENGTHS_S if scheme == "v4" else LENGTHS_S[:3])

@@ -61,9 +61,7 @@ def test_qwen2_audio_parity(scheme, qwen2_audio, write_qwen2_audio, text_pack, r
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lm_readout_parity(checkpointing, qwen2_audio, write_qwen2_audio, make_pack, mel_30_s, relative_error):
     """Audio frames through projector and language model, each clip from position 0."""
-    settings = ModelSettings(
-        model_name=str(write_qwen2_audio("v4")), audio_readout="lm", checkpointing=checkpointing
-    )
+    settings = ModelSettings(model_name=str(write_qwen2_audio("v4")), audio_readout="lm", checkpointing=checkpointing)
     model = build_model(settings, "cpu", torch.float64).model
     model.requires_grad_(True)
     pack = make_pack([0.05, 1.0, 0.31])
