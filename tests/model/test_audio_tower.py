@@ -22,7 +22,7 @@ LENGTHS_S = [0.03, 0.05, 1.0, 30.0, 1.234, 29.98, 29.99, 0.31]
 
 
 def padded_oracle(encoder, mel_BMT, num_frames):
-    """[tokens, D] a clip, as Qwen2AudioModel calls its tower; whole pooled tokens only, as the published code counts."""
+    """[tokens, D] a clip, as Qwen2AudioModel calls its tower; whole pooled tokens only, as it counts them."""
     num_tokens = [(frames - 1) // 2 + 1 for frames in num_frames]
     mask_B11L = (torch.arange(1500) < torch.tensor(num_tokens)[:, None])[:, None, None]
     x_BLD = encoder(mel_BMT, attention_mask=mask_B11L).last_hidden_state
