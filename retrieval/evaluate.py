@@ -63,14 +63,14 @@ def encode_in_fixed_batches(
     Every process must call this, also one without a batch: it takes part in the gather with no rows.
     """
     shares = [rank_share(num_items, batch_size, r, world_size) for r in range(world_size)]
+    counts = [sum(stop - start for start, stop in share) for share in shares]
     rows_RE = torch.empty(0, embedding_dim, device=device)
     with torch.no_grad():
         for start, stop in shares[rank]:
             part_RE = encode(start, stop).float()
             assert part_RE.shape == (stop - start, embedding_dim), (part_RE.shape, start, stop, embedding_dim)
             rows_RE = torch.cat([rows_RE, part_RE])
-    counts = [sum(stop - start for start, stop in share) for share in shares]
-    gathered_NE = gather_rows(rows_RE, counts)
+        gathered_NE = gather_rows(rows_RE, counts)
     place_N = torch.tensor([i for share in shares for start, stop in share for i in range(start, stop)], device=device)
     ordered_NE = torch.empty_like(gathered_NE)
     ordered_NE[place_N.long()] = gathered_NE
