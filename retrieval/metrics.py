@@ -20,7 +20,8 @@ Shapes: C clips, N terms of the glossary, P positives of all clips one after ano
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -251,6 +252,19 @@ class EvalResult:
         if k not in self.subsets[subset].recall:
             raise ValueError(f"k: {k} was not measured; allowed: {sorted(self.subsets[subset].recall)}")
         return self.subsets[subset].recall[k]
+
+    def to_json(self) -> dict[str, Any]:
+        """Strict JSON; JSON keys are strings, so `from_json` makes the k of recall@k integers again."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "EvalResult":
+        by_k = ("recall", "term_recall", "hit")
+        subsets = {
+            name: SubsetMetrics(**{**one, **{field: {int(k): v for k, v in one[field].items()} for field in by_k}})
+            for name, one in saved["subsets"].items()
+        }
+        return cls(**{**saved, "subsets": subsets})
 
     def flat(self, prefix: str = "eval/") -> dict[str, float | int]:
         """Slash-keyed numbers for metrics.jsonl: `eval/recall@10`, `eval/recall@10_seen`, `eval/mrr`, ..."""

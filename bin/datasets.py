@@ -1,0 +1,122 @@
+"""The data stage of a run: sample files in, checked clips and a glossary out, or one clear error.
+
+Order: read the files, read every audio header once, refuse leaks between training and test, enforce the drop limit.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.checks import check_clips
+from data.clips import Clip, load_clips
+from data.drops import DropLog
+from data.glossary import Glossary, load_glossary
+from data.leaks import refuse_leaks
+from data.reader import AudioReader
+from data.records import find_file
+from data.settings import DataSettings
+from data.windows import Windows, load_prompts
+from distributed.collectives import barrier, gather_json
+from distributed.processes import World
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Datasets:
+    train: list[Clip]
+    test: list[Clip]
+    dev: list[Clip] | None  # None: the test set serves as dev set too
+    glossary: Glossary | None
+    windows: Windows | None
+    terms: list[str]  # what evaluation ranks: the glossary, and labels of test and dev that it lacks
+    seen_terms: frozenset[str]  # terms that are a positive of a training clip or may be one of a random window
+    reader: AudioReader
+    drops: DropLog
+
+
+def load_datasets(settings: DataSettings, world: World, bad_records: Path | None) -> Datasets:
+    """All data of a run. Every rank calls it; rank 0 reads the headers first, the others find its cache.
+
+    Raises ValueError for a missing file, a leak, or more drops than max_bad_fraction.
+    """
+    drops = DropLog(settings.max_bad_fraction)
+    wanted = {
+        "train": settings.train_samples_path,
+        "test": settings.test_samples_path,
+        "dev": settings.dev_samples_path,
+    }
+    files = {n: find_file(p, settings.data_root, f"--{n}_samples_path") for n, p in wanted.items() if p is not None}
+    clips = {name: load_clips(path, settings, drops) for name, path in files.items()}
+    glossary = None
+    if settings.glossary_path is not None:
+        glossary = load_glossary(find_file(settings.glossary_path, settings.data_root, "--glossary_path"), drops)
+    windows = _load_windows(settings, clips["train"], glossary, drops)
+
+    if settings.check_audio:
+        if not world.is_main:
+            barrier()
+        clips = {name: check_clips(some, drops, settings.check_cache_path) for name, some in clips.items()}
+        if world.is_main:
+            barrier()
+    drops.check(bad_records if world.is_main else None)
+    for name, some in clips.items():
+        if not some:
+            raise ValueError(f"--{name}_samples_path: {files[name]} has no usable clip left; {drops.summary()}")
+        if name != "train":
+            refuse_leaks(clips["train"], some, name, settings.check_leak_content)
+
+    seen = {term for clip in clips["train"] for term in clip.terms}
+    if windows is not None:
+        seen |= {term for found in windows.occurrences for term, _, _ in found}
+        if settings.window_words_as_terms:
+            seen |= {word for prompt in windows.prompts for word in prompt.words}
+    measured = [*clips["test"], *clips.get("dev", [])]
+    labels = dict.fromkeys(term for clip in measured for term in clip.terms)
+    if glossary is None:
+        terms = sorted({term for clip in clips["train"] for term in clip.terms} | set(labels))
+    else:
+        absent = [term for term in labels if term not in set(glossary.terms)]
+        if absent:
+            logger.warning("%d labels are not in the glossary and join it for evaluation: %s", len(absent), absent[:5])
+        terms = [*glossary.terms, *absent]
+    for name, some in clips.items():
+        num_no_term = sum(clip.is_no_term for clip in some)
+        logger.info("%s: %d clips (%d without a term) from %s", name, len(some), num_no_term, files[name])
+    if drops.counts or drops.notes:
+        logger.info("%s", drops.summary())
+    if "dev" not in clips:
+        logger.warning(
+            "no --dev_samples_path: the test set also steers learning rate and stopping, so its figures are optimistic"
+        )
+    return Datasets(
+        clips["train"],
+        clips["test"],
+        clips.get("dev"),
+        glossary,
+        windows,
+        terms,
+        frozenset(seen),
+        AudioReader(settings.audio_cache_mb),
+        drops,
+    )
+
+
+def merge_drops(drops: DropLog, world: World, bad_records: Path) -> None:
+    """Bring what any rank dropped while reading to all, write the list, enforce the limit. A collective."""
+    lines = [line for part in gather_json(drops.lines()) for line in part]
+    for line in lines:
+        (drops.add if line["kind"] == "drop" else drops.note)(line["reason"], line["source"], line["detail"])
+    if world.is_main and lines:
+        drops.write(bad_records)
+    drops.check()
+
+
+def _load_windows(
+    settings: DataSettings, train: list[Clip], glossary: Glossary | None, drops: DropLog
+) -> Windows | None:
+    if settings.word_times_path is None or settings.window_fraction == 0:
+        return None
+    path = find_file(settings.word_times_path, settings.data_root, "--word_times_path")
+    terms = {term for clip in train for term in clip.terms} | set(glossary.terms if glossary else ())
+    return Windows(load_prompts(path, settings, drops), sorted(terms), settings)

@@ -1,0 +1,124 @@
+"""From a batch to this rank's share of the loss: encode, gather, compare.
+
+    batch -> embeddings of own clips, texts, terms -> gathered with gradient -> share of the loss
+    the sum of the shares over the ranks is the loss of one process that holds the whole batch
+
+Shapes: B clips of this rank, G of all ranks, L terms of this rank (each once), U terms it owns, N unique terms of all
+ranks, T texts of this rank, E embedding, K bank.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from data.batches import Batch
+from distributed.collectives import gather_int_arrays, gather_json, gather_row_blocks
+from distributed.processes import World
+from losses.relations import BatchIds, Relations
+from losses.settings import LossSettings
+from losses.temperature import Temperature
+from losses.terms import TermBank
+from losses.total import Embeddings, align_texts, total_loss
+from model.dual import DualEncoder
+from model.packing import AudioPack, TextPack
+
+
+def encode_batch(model: DualEncoder, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(audio_BE, text_TE, term_LE). A side with nothing in it gives zero rows: every rank must go on all the same."""
+    width, device = model.audio_head.out_features, model.device
+    none_0E = torch.zeros(0, width, dtype=model.audio_head.weight.dtype, device=device)
+    audio_BE = none_0E
+    if batch.num_samples:
+        audio_BE = model.encode_audio(AudioPack(torch.from_numpy(batch.pcm_S), list(batch.num_samples)))
+    strings_E = none_0E
+    if batch.token_lengths:
+        ids_P = torch.from_numpy(batch.token_ids_P).long()
+        strings_E = model.encode_text(TextPack(ids_P, list(batch.token_lengths)))
+    text_TE, term_LE = strings_E[: batch.num_texts], strings_E[batch.num_texts :]
+    return audio_BE, text_TE, term_LE
+
+
+def batch_ids(batch: Batch) -> BatchIds:
+    """Who is a positive of whom, as the losses want it."""
+    return BatchIds.from_csr(
+        text_keys_B=torch.from_numpy(batch.text_keys_B),
+        term_keys_N=torch.from_numpy(batch.term_keys_N),
+        term_groups_N=torch.from_numpy(batch.term_groups_N),
+        positive_indptr=torch.from_numpy(batch.pos_indptr_B1),
+        positive_indices=torch.from_numpy(batch.pos_terms),
+        cut_indptr=torch.from_numpy(batch.ign_indptr_B1),
+        cut_groups=torch.from_numpy(batch.ign_groups),
+    )
+
+
+def loss_share(
+    model: DualEncoder,
+    temperature: Temperature,
+    batch: Batch,
+    settings: LossSettings,
+    world: World,
+    wire_dtype: torch.dtype | None,
+    bank: TermBank | None = None,
+) -> tuple[Tensor, dict[str, Tensor], Relations]:
+    """(this rank's share of the total, scalar; detached shares of its parts; the global batch's relations).
+
+    A collective: every rank must call it, and run its backward pass, or none.
+    """
+    device = model.device
+    packed, counts = gather_int_arrays([batch_ids(batch).pack()])[0]
+    relations = Relations.build([BatchIds.unpack(part) for part in packed.split(counts)])
+    local = relations.local(world.rank, device)
+
+    audio_BE, text_TE, term_LE = encode_batch(model, batch)
+    text_BE = align_texts(text_TE, torch.from_numpy(batch.text_row_B).to(device))
+    clip_counts = [len(relations.clips_of(rank)) for rank in range(world.world_size)]
+    starts = relations.term_row_starts
+    term_counts = [stop - start for start, stop in itertools.pairwise(starts)]
+    audio_GE, text_GE, term_rows = gather_row_blocks(
+        [audio_BE, text_BE, term_LE], [clip_counts, clip_counts, term_counts], wire_dtype
+    )
+    embeddings = Embeddings(
+        audio_BE, text_BE, term_LE[local.own_term_rows_U], audio_GE, text_GE, term_rows[local.first_copy_N]
+    )
+    bank_KE = bank_left_out_BK = None
+    if bank is not None:
+        bank_KE, bank_left_out_BK = bank.embeddings_KE, bank.left_out_BK(relations, world.rank)
+    share, parts = total_loss(embeddings, local, temperature(), settings, bank_KE, bank_left_out_BK)
+    return share, parts, relations
+
+
+@torch.no_grad()
+def center_heads(model: DualEncoder, batches: Iterable[Batch]) -> None:
+    """Set each head's bias to minus its response to the mean of its inputs over the batches of all ranks. A collective.
+
+    Mean-pooled features of a transformer share one large common direction (Ethayarajh 2019, "How contextual are
+    contextualized word representations?"): all cosines start near 1, and the first epochs would only unlearn that.
+    """
+    heads: dict[str, nn.Linear] = {"audio": model.audio_head, "text": model.text_head}
+    sums = {name: torch.zeros(head.in_features, dtype=torch.float64) for name, head in heads.items()}
+    counts = dict.fromkeys(heads, 0)
+
+    def listen(name: str) -> RemovableHandle:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sums[name] += inputs[0].double().sum(0).cpu()
+            counts[name] += inputs[0].shape[0]
+
+        return heads[name].register_forward_pre_hook(add)
+
+    handles = [listen(name) for name in heads]
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        encode_batch(model, batch)
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    for name, head in heads.items():
+        parts = gather_json([sums[name].tolist(), counts[name]])
+        mean_D = torch.tensor([part for part, _ in parts], dtype=torch.float64).sum(0) / max(
+            1, sum(n for _, n in parts)
+        )
+        head.bias.copy_(-(head.weight.double() @ mean_D.to(head.weight.device)).to(head.bias.dtype))

@@ -1,0 +1,364 @@
+"""Train an audio-to-term retriever.
+
+    torchrun --nproc_per_node=2 bin/train.py --preset quickstart
+    torchrun --nproc_per_node=8 bin/train.py --train_samples_path train.json --test_samples_path test.json
+
+`train(config)` is the whole run, read from top to bottom: processes, run directory, data, model and adapters,
+optimizer, resume, loop, final test. What a step computes is in bin/step.py, what is measured in bin/evaluation.py.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ != "bin":  # run as a file: the root goes first on sys.path, and bin/ comes off it
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
+
+import itertools
+import logging
+import math
+import os
+import time
+from dataclasses import replace
+
+import tomli_w
+import torch
+from torch import nn
+
+from bin.checks import check_rooms_agree, describe_plan
+from bin.config import Config, parse, to_toml
+from bin.datasets import load_datasets, merge_drops
+from bin.evaluation import Evaluator, embed_bank
+from bin.rundir import (
+    Resumable,
+    RunState,
+    StopRequest,
+    choose_run_dir,
+    load_checkpoint,
+    save_checkpoint,
+    save_trained,
+)
+from bin.runlog import MetricsWriter, configure_logging, environment, progress_bar, show_examples, show_recall
+from bin.step import center_heads, loss_share
+from data.loader import Loader
+from distributed import processes
+from distributed.atomic import json_bytes, remove_strays, write_file_atomically
+from distributed.checkpoints import CheckpointStore
+from distributed.collectives import agree, sum_over_ranks
+from distributed.gradsync import check_same_parameters, clip_gradients, sync_gradients
+from distributed.health import NonFiniteGuard, missing_gradients
+from distributed.rundir import RunLock, write_status
+from lora.inject import inject_lora
+from losses.temperature import Temperature
+from losses.terms import TermBank
+from model.build import build_model
+from retrieval.model_files import load_trained
+
+logger = logging.getLogger("earmark")
+
+CENTER_CLIPS = 256  # clips over which the heads are centred
+
+
+def train(config: Config) -> int:
+    """Run to the end, an early stop or a stop signal. Returns the exit code: 0 unless it raises."""
+    cfg = config.train
+
+    # ----------------------------------------------------------------------------------------------- processes
+    world = processes.start(
+        config.distributed.device, config.distributed.collective_timeout_s, config.distributed.start_timeout_s
+    )
+    if config.run.dry_run:
+        configure_logging(world.rank, None)
+        describe_plan(config, world)
+        processes.stop()
+        return 0
+
+    # ------------------------------------------------------------------------------------------- run directory
+    run_dir = choose_run_dir(config.run, world)
+    lock = RunLock(run_dir)
+    configure_logging(world.rank, run_dir / f"train_{time.strftime('%Y%m%d_%H%M%S')}.log")
+    store = CheckpointStore(run_dir / "checkpoints", config.distributed.keep_checkpoints)
+    store.prepare()
+    checkpoint = store.latest_good()
+    if checkpoint is not None and config.run.resume == "never":
+        raise ValueError(
+            f"run_name: {run_dir} already holds checkpoints; go on with --resume auto, or take another --run_name"
+        )
+    if world.is_main:
+        remove_strays(run_dir)
+        write_file_atomically(run_dir / "config.toml", tomli_w.dumps(to_toml(config)).encode())
+        write_file_atomically(run_dir / "env.json", json_bytes(environment(str(world.device))))
+        write_status(run_dir, "starting", 0, 0)
+    stop = StopRequest()
+    state = RunState()
+    try:
+        # ------------------------------------------------------------------------------------------------ data
+        data = load_datasets(config.data, world, run_dir / "bad_records.jsonl")
+
+        # -------------------------------------------------------------------------------------- model and LoRA
+        torch.manual_seed(cfg.seed)  # the same weights on every rank
+        started = time.perf_counter()
+        built = build_model(config.model, world.device)
+        model, tokenizer = built.model, built.tokenizer
+        if config.model.trainable == "lora":
+            adapted = inject_lora(model, config.lora)
+            logger.info("adapters on %d layers: %s ... %s", len(adapted), adapted[0], adapted[-1])
+        temperature = Temperature(config.losses.temperature, config.losses.learn_temperature).to(world.device)
+        named = [(n, p) for n, p in [*model.named_parameters(), *temperature.named_parameters()] if p.requires_grad]
+        params = [param for _, param in named]
+        model.train()
+        logger.info(
+            "model ready in %.1f s: %.1f M parameters train, of %.1f M; towers from %s",
+            time.perf_counter() - started,
+            sum(p.numel() for p in params) / 1e6,
+            sum(p.numel() for p in model.parameters()) / 1e6,
+            {k: v for k, v in built.sources.items() if k in ("audio_tower", "language_model")},
+        )
+        check_rooms_agree(model)
+
+        # -------------------------------------------------------------------------- loader, optimizer, schedule
+        loader = Loader(
+            data.train,
+            cfg.batch_size // cfg.grad_accum_steps,
+            tokenizer,
+            config.data,
+            seed=cfg.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            glossary=data.glossary,
+            windows=data.windows,
+            drops=data.drops,
+            reader=data.reader,
+        )
+        steps_per_epoch = loader.steps_per_epoch // cfg.grad_accum_steps
+        if steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size: got {cfg.batch_size}, but an epoch has only {loader.num_items} clips; lower it"
+            )
+        total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+                {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=cfg.lr,
+            betas=(0.9, cfg.adam_beta2),
+        )
+        # ReduceLROnPlateau drives a factor (1, then cut and cut again) that multiplies the warm-up below.
+        factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            factor, mode="max", factor=cfg.plateau_factor, patience=cfg.plateau_patience
+        )
+
+        def learning_rate(step: int) -> float:
+            warmup_steps = round(cfg.warmup_fraction * total_steps)
+            ramp = min(1.0, (step + 1) / max(1, warmup_steps))
+            if cfg.lr_schedule == "cosine":
+                progress = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
+                return cfg.lr * ramp * 0.5 * (1.0 + math.cos(math.pi * progress))
+            return cfg.lr * ramp * (factor.param_groups[0]["lr"] if cfg.lr_schedule == "plateau" else 1.0)
+
+        # ---------------------------------------------------------------------------------------------- resume
+        run = Resumable(config, built, temperature, optimizer, named, plateau, loader)
+        torch.manual_seed(cfg.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
+        bank: TermBank | None = None
+        if checkpoint is not None:
+            state, bank = load_checkpoint(store, checkpoint, run)
+        dev = Evaluator(
+            data.dev or data.test, data.terms, data.seen_terms, data.reader, data.drops, cfg.eval_batch_size, world
+        )
+        test = dev if data.dev is None else replace(dev, clips=data.test)
+        metrics = None
+        if world.is_main:
+            metrics = MetricsWriter(
+                run_dir, config.run.tensorboard, config.run.wandb_project, to_toml(config), resumed_step=state.step
+            )
+
+        def write_metrics(numbers: dict[str, float]) -> None:
+            if metrics is not None:
+                metrics.write(numbers, state.step, state.step / steps_per_epoch)
+
+        def set_status(name: str, message: str = "") -> None:
+            if world.is_main:
+                write_status(run_dir, name, state.step, state.epoch, message)
+
+        if checkpoint is None:
+            if cfg.center_heads:
+                center_heads(model, itertools.islice(loader.epoch(0), -(-CENTER_CLIPS // loader.batch_size)))
+            state.before = test(model, tokenizer)
+            write_metrics(state.before.flat("before/"))
+            logger.info("before training: Recall@10 %.3f over %d terms", state.before.recall(10), len(data.terms))
+        check_same_parameters(named)
+
+        # ------------------------------------------------------------------------------------------------ loop
+        guard = NonFiniteGuard(config.distributed.max_nonfinite_steps)
+        wire_dtype = config.distributed.wire_dtype(world.device)
+        uses_bank = data.glossary is not None and config.losses.enable_hard_neg and config.losses.hard_neg_weight > 0
+        logger.info(
+            "training: %d steps of %d clips on %d process(es), %d steps an epoch, from step %d",
+            total_steps, cfg.batch_size, world.world_size, steps_per_epoch, state.step,
+        )  # fmt: skip
+        set_status("training")
+        is_first_step, logged_at, logged_clips, wait_s, logged_steps = True, time.perf_counter(), 0, 0.0, 0
+        note = ""
+        is_over = state.stopped_early or state.step >= total_steps or state.epoch >= cfg.epochs
+        with progress_bar(config.run.progress and world.is_main) as bar:
+            task = bar.add_task("training", total=total_steps, completed=state.step, note="")
+            while not is_over:
+                batches_of_epoch = loader.epoch(state.epoch, state.step_in_epoch * cfg.grad_accum_steps)
+                while state.step_in_epoch < steps_per_epoch and state.step < total_steps:
+                    if uses_bank and (
+                        bank is None or state.step_in_epoch == 0
+                        if cfg.refresh_bank_every == 0
+                        else bank is None or state.step % cfg.refresh_bank_every == 0
+                    ):
+                        bank = embed_bank(model, tokenizer, data.glossary, cfg.eval_batch_size, world)
+                    lr = learning_rate(state.step)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    optimizer.zero_grad(set_to_none=True)
+                    share, parts_sum = torch.zeros((), device=world.device), {}
+                    for _ in range(cfg.grad_accum_steps):
+                        asked_at = time.perf_counter()
+                        batch = next(batches_of_epoch)
+                        wait_s += time.perf_counter() - asked_at
+                        micro, micro_parts, relations = loss_share(
+                            model, temperature, batch, config.losses, world, wire_dtype, bank
+                        )
+                        (micro / cfg.grad_accum_steps).backward()
+                        share = share + micro.detach() / cfg.grad_accum_steps
+                        for name, part in micro_parts.items():
+                            parts_sum[name] = parts_sum.get(name, 0.0) + part / cfg.grad_accum_steps
+                        logged_clips += relations.num_clips
+                    if is_first_step:
+                        untrained = missing_gradients(named)
+                        if untrained:
+                            raise RuntimeError(
+                                f"{len(untrained)} trainable tensors get no gradient: {', '.join(untrained[:8])}; "
+                                "they would never train. Check --lora_targets and the loss weights"
+                            )
+                        is_first_step = False
+                    sync_gradients(params)
+                    norm = clip_gradients(params, cfg.max_grad_norm)
+
+                    # Every rank must take the same way from here: one small all-reduce a step carries what decides it.
+                    # (A NaN on one rank is NaN in the sum, so the loss and the norm of all ranks are compared as one.)
+                    agreed = agree(loss=float(share), grad_norm=float(norm), stop=stop.requested)
+                    if guard.accepts(state.step, loss=agreed["loss"], gradient_norm=agreed["grad_norm"]):
+                        optimizer.step()
+                    state.step += 1
+                    state.step_in_epoch += 1
+                    logged_steps += 1
+
+                    if state.step % cfg.log_every == 0 or state.step == total_steps:
+                        totals = sum_over_ranks(loss=float(share), **{k: float(v) for k, v in parts_sum.items()})
+                        seconds = time.perf_counter() - logged_at
+                        numbers = {f"train/{'loss' if k == 'loss' else 'loss_' + k}": v for k, v in totals.items()} | {
+                            "train/lr": lr,
+                            "train/grad_norm": float(norm),
+                            "train/temperature": 1.0 / float(temperature()),
+                            "train/clips_per_s": logged_clips / seconds,
+                            "train/step_ms": seconds / logged_steps * 1e3,
+                            "train/skipped_steps": float(guard.num_skipped),
+                            "data/wait_ms": wait_s / logged_steps * 1e3,
+                        }
+                        if world.device.type == "cuda":
+                            numbers["gpu/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                        write_metrics(numbers)
+                        note = f"loss {totals['loss']:.3f}  {numbers['train/clips_per_s']:.0f} clips/s"
+                        logger.info(
+                            "step %6d/%d  epoch %6.2f  loss %7.4f  lr %.2e  grad %8.3f  %7.1f clips/s  wait %6.1f ms",
+                            state.step, total_steps, state.step / steps_per_epoch, totals["loss"], lr, float(norm),
+                            numbers["train/clips_per_s"], numbers["data/wait_ms"],
+                        )  # fmt: skip
+                        logged_at, logged_clips, wait_s, logged_steps = time.perf_counter(), 0, 0.0, 0
+                    bar.update(task, completed=state.step, note=note)
+                    if (
+                        config.distributed.parameter_hash_every
+                        and state.step % config.distributed.parameter_hash_every == 0
+                    ):
+                        check_same_parameters(named)
+                    if agreed["stop"]:
+                        save_checkpoint(store, run, state, bank)
+                        set_status(
+                            "preempted", f"stopped by a signal; go on with --run_name {run_dir.name} --resume auto"
+                        )
+                        logger.warning("stopped by a signal at step %d; checkpoint saved", state.step)
+                        return 0
+                    ends_epoch = state.step_in_epoch == steps_per_epoch or state.step == total_steps
+                    if cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and not ends_epoch:
+                        save_checkpoint(store, run, state, bank)
+                batches_of_epoch.close()
+
+                # ---------------------------------------------------------------------------- end of an epoch
+                state.epoch, state.step_in_epoch = state.epoch + 1, 0
+                merge_drops(data.drops, world, run_dir / "bad_records.jsonl")
+                is_over = state.epoch >= cfg.epochs or state.step >= total_steps
+                if state.epoch % cfg.eval_every == 0 or is_over:
+                    set_status("evaluating")
+                    paused_at = time.perf_counter()
+                    result = dev(model, tokenizer)
+                    recall = result.recall(10)
+                    write_metrics(result.flat())
+                    plateau.step(recall)
+                    is_best = recall > state.best_recall
+                    if is_best:
+                        state.best_recall, state.best_step, state.stale_evaluations = recall, state.step, 0
+                        save_trained(run_dir, "model_best", run, state, result.flat())
+                    else:
+                        state.stale_evaluations += 1
+                    logger.info(
+                        "epoch %d: Recall@1/5/10 %.3f/%.3f/%.3f%s",
+                        state.epoch, result.recall(1), result.recall(5), recall,
+                        "  best so far" if is_best else f"  (best {state.best_recall:.3f} at step {state.best_step})",
+                    )  # fmt: skip
+                    if cfg.patience and state.stale_evaluations >= cfg.patience:
+                        logger.info("early stop: no better Recall@10 in %d evaluations", state.stale_evaluations)
+                        is_over = state.stopped_early = True
+                    logged_at += time.perf_counter() - paused_at  # clips/s counts training only
+                    set_status("training")
+                if is_over or state.epoch % cfg.save_every == 0:
+                    save_checkpoint(store, run, state, bank)
+
+        # ------------------------------------------------------------------------------------------ final test
+        check_same_parameters(named)
+        save_trained(run_dir, "model_final", run, state, {})
+        if state.best_step != state.step:
+            load_trained(run_dir / "model_best", built, config.model)
+        after = test(model, tokenizer)
+        write_metrics(after.flat("test/"))
+        examples = test.examples(model, tokenizer, config.run.show_examples)
+        if world.is_main:
+            show_recall(state.before, after, run_dir)
+            show_examples(examples)
+        set_status("finished", f"Recall@10 {after.recall(10):.4f} with the model of step {state.best_step}")
+        if metrics is not None:
+            metrics.close()
+        return 0
+    except BaseException as error:
+        if world.is_main:
+            write_status(run_dir, "failed", state.step, state.epoch, f"{type(error).__name__}: {error}"[:2000])
+        raise
+    finally:
+        stop.restore()
+        lock.release()
+        processes.stop()
+
+
+def main() -> int:
+    """Settings from the command line; a user's error is one line on rank 0, not a traceback on each."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        return train(parse(quiet=not is_main))
+    except ValueError as error:
+        if os.environ.get("EARMARK_TRACEBACK"):
+            raise
+        if is_main:
+            print(f"bin/train.py: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(5)  # the launcher ends all ranks with the first that ends: rank 0 is to have its say
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""A trained model as a folder: written, read back into a model in training, or opened on its own.
+
+    retriever_config.json       what it is: settings, sources, temperature, what was measured
+    heads.safetensors           both heads, the temperature, and a projector that training made
+    trainable=lora              adapter_model.safetensors + adapter_config.json (PEFT's format); needs the base model
+    trainable=full              model.safetensors (both towers) + audio_tower.json + text_tower.json [+ tokenizer/];
+                                needs nothing else
+
+Every read is strict: missing, unexpected or mis-shaped tensors are errors that name them.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lora.adapter import KeyScheme, load_adapter, read_settings, save_adapter
+from lora.inject import inject_lora, lora_layers
+from model.build import Built, build_model
+from model.settings import ModelSettings
+
+FORMAT = "earmark-retriever-1"
+CONFIG_FILE, HEADS_FILE, TOWERS_FILE = "retriever_config.json", "heads.safetensors", "model.safetensors"
+AUDIO_FILE, TEXT_FILE, TOKENIZER_FOLDER = "audio_tower.json", "text_tower.json", "tokenizer"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+NUM_SHOWN = 8
+
+
+@dataclass
+class OpenedModel:
+    """A model that is ready to encode, and its retriever_config.json."""
+
+    built: Built
+    temperature: float
+    config: dict[str, Any]
+
+
+def save_model(
+    folder: Path,
+    built: Built,
+    settings: ModelSettings,
+    log_inv_temperature: Tensor,
+    info: dict[str, Any],
+    key_schemes: tuple[KeyScheme, ...] = ("v5",),
+) -> None:
+    """Write all files of the model into `folder`, which exists (make it atomic around this call).
+
+    info: step, epoch, metrics and the like, kept under "info". The first key scheme names the adapter's keys; a second
+    one adds the folder `adapter_v4` or `adapter_v5`.
+    """
+    model = built.model
+    heads = {name: value for name, value in _trained_state(model).items() if _is_head(name, built)}
+    heads["log_inv_temperature"] = log_inv_temperature.detach()
+    _write_tensors(folder / HEADS_FILE, heads)
+    config = {
+        "format": FORMAT,
+        "trainable": settings.trainable,
+        "model": {name: getattr(settings, name) for name in ("model_name", "audio_model", "text_model")},
+        "audio_readout": settings.audio_readout,
+        "proj_dim": settings.proj_dim,
+        "sources": built.sources,
+        "audio_config": asdict(built.audio_config),
+        "text_config": asdict(built.text_config),
+        "info": info,
+    }
+    if settings.trainable == "lora":
+        both_replaced = settings.audio_model is not None and settings.text_model is not None
+        base = settings.audio_model if both_replaced and settings.audio_model else settings.model_name
+        save_adapter(model, folder, base, key_schemes[0])
+        for scheme in key_schemes[1:]:
+            extra = folder / f"adapter_{scheme}"
+            extra.mkdir()
+            save_adapter(model, extra, base, scheme)
+    else:
+        towers = {name: value for name, value in _trained_state(model).items() if not _is_head(name, built)}
+        _write_tensors(folder / TOWERS_FILE, towers)
+        text = built.text_config.to_hf() | {"tokenizer": "bytes"}
+        if built.sources["tokenizer"] != "bytes":
+            text["tokenizer"] = TOKENIZER_FOLDER
+            _copy_tokenizer(built, folder / TOKENIZER_FOLDER)
+        _write_json(folder / AUDIO_FILE, built.audio_config.to_hf())
+        _write_json(folder / TEXT_FILE, text)
+    _write_json(folder / CONFIG_FILE, config)
+
+
+def load_trained(folder: Path, built: Built, settings: ModelSettings) -> Tensor:
+    """Fill a model that was built with the same settings (adapters injected) with what `save_model` wrote.
+
+    Returns log_inv_temperature. Raises ValueError when the folder holds a model of other settings.
+    """
+    config = read_config(folder)
+    for name in ("trainable", "audio_readout", "proj_dim"):
+        if config[name] != getattr(settings, name):
+            ours = getattr(settings, name)
+            raise ValueError(f"{name}: got {ours!r}, but {folder} holds a model with {config[name]!r}")
+    for name, shape in (("audio_config", asdict(built.audio_config)), ("text_config", asdict(built.text_config))):
+        saved = config[name]
+        different = [f"{k} {v} (saved {saved.get(k)})" for k, v in shape.items() if v != saved.get(k)]
+        if different:
+            raise ValueError(f"{folder}: its {name.split('_')[0]} tower is another than the one built: {different}")
+    heads = _read_tensors(folder / HEADS_FILE)
+    log_inv_temperature = heads.pop("log_inv_temperature", None)
+    if log_inv_temperature is None:
+        raise ValueError(f"{folder / HEADS_FILE}: log_inv_temperature is missing")
+    state = _trained_state(built.model)
+    _fill({n: v for n, v in state.items() if _is_head(n, built)}, heads, folder / HEADS_FILE)
+    if settings.trainable == "lora":
+        load_adapter(built.model, folder)
+    else:
+        towers = _read_tensors(folder / TOWERS_FILE)
+        _fill({n: v for n, v in state.items() if not _is_head(n, built)}, towers, folder / TOWERS_FILE)
+    return log_inv_temperature
+
+
+def open_model(
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None,
+    model_name: str | None = None,
+) -> OpenedModel:
+    """Build the model of a folder and fill it, ready to encode.
+
+    model_name: where the base model of an adapter lies now, if not where it lay in training.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    settings = ModelSettings(
+        **config["model"],
+        audio_readout=config["audio_readout"],
+        proj_dim=config["proj_dim"],
+        trainable=config["trainable"],
+    )
+    if settings.trainable == "full":
+        settings = replace(settings, audio_model=str(folder / AUDIO_FILE), text_model=str(folder / TEXT_FILE))
+    elif model_name is not None:
+        settings = replace(settings, model_name=model_name)
+    built = build_model(settings, device, compute_dtype)
+    built.sources.update({k: v for k, v in config["sources"].items() if k not in built.sources})
+    if settings.trainable == "lora":
+        inject_lora(built.model, read_settings(folder))
+        built.model.eval()
+    log_inv_temperature = load_trained(folder, built, settings)
+    return OpenedModel(built, float((-log_inv_temperature.double()).exp()), config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """retriever_config.json; ValueError when the folder holds no model of this format."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no {CONFIG_FILE}; give a folder such as <run>/model_best") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path}: its format is not {FORMAT!r}")
+    return config
+
+
+def single_file_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors and settings of a model folder for a one-file copy: keys `<file>/<tensor>`, settings by file name."""
+    tensors = {f"{path.name}/{name}": value for path in sorted(folder.glob("*.safetensors"))
+               for name, value in _read_tensors(path).items()}  # fmt: skip
+    settings = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
+                if path.name != "MANIFEST.json"}  # fmt: skip
+    return tensors, settings
+
+
+def _trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by path, without adapters (they have their own file) and without what follows from the settings."""
+    adapted = {path for path, _ in lora_layers(model)}
+    return {
+        name: value
+        for name, value in model.named_parameters()
+        if not any(name.startswith(f"{path}.") for path in adapted)
+    }
+
+
+def _is_head(name: str, built: Built) -> bool:
+    part = name.partition(".")[0]
+    return part in ("audio_head", "text_head") or (
+        part == "multi_modal_projector" and built.sources.get(part) == "random"
+    )
+
+
+def _fill(targets: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    missing, unexpected = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+    misshaped = [n for n in targets.keys() & tensors.keys() if targets[n].shape != tensors[n].shape]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:NUM_SHOWN])})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", sorted(misshaped)))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{path}: tensors {', '.join(problems)}; it belongs to a model of other settings")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+
+def _copy_tokenizer(built: Built, folder: Path) -> None:
+    source = Path(built.sources["tokenizer"]).expanduser()
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(built.sources["tokenizer"], allow_patterns=list(TOKENIZER_FILES)))
+    folder.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Through bytes: safetensors' own file writer leaves temporary files behind when killed and makes mode 0600.
+    on_host = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    path.write_bytes(safetensors.torch.save(on_host, metadata={"format": "pt"}))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; the folder holds no complete model") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); use another checkpoint") from error
