@@ -88,7 +88,7 @@ def test_clip_without_text_takes_no_part_in_audio_text(cases):
     loss.backward()
     fewer.audio_GE, fewer.text_GE = fewer.audio_GE[[0, 2]], fewer.text_GE[[0, 2]]
     ((without, _),) = cases.shares([clips[0], clips[2]], [2], fewer, settings)
-    assert float(loss) == pytest.approx(float(without), abs=1e-14)
+    assert loss.item() == pytest.approx(without.item(), abs=1e-14)
     assert leaves.audio_GE.grad[1].abs().max() == leaves.text_GE.grad[1].abs().max() == 0
 
 
@@ -107,7 +107,7 @@ def test_parts_of_weight_zero_are_left_out(cases):
     settings = LossSettings(audio_text_loss_ratio=0.0, enable_hard_neg=False)
     ((loss, parts),) = cases.shares(cases.random_clips(2, 4), [4], cases.make_leaves(4, 2), settings)
     assert list(parts) == ["audio_term"]
-    assert float(loss) == pytest.approx(0.7 * float(parts["audio_term"]))
+    assert loss.item() == pytest.approx(0.7 * float(parts["audio_term"]))
 
 
 def test_statistics_stay_fp32_under_autocast(cases):
@@ -119,7 +119,7 @@ def test_statistics_stay_fp32_under_autocast(cases):
     with torch.autocast("cpu", torch.bfloat16):
         ((autocast, _),) = cases.shares(clips, [6], leaves, ALL_PARTS)
     assert autocast.dtype == torch.float32
-    assert float(autocast) == float(plain)
+    assert autocast.item() == plain.item()
 
 
 def test_align_texts_puts_zeros_where_a_clip_has_no_text():
