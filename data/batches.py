@@ -4,7 +4,8 @@
     text_row_B   [0, -1, 1]                      strings: "press the pound key", "pound" | "pound key", "pound"
     term_keys_N  keys of "pound key", "pound"    (num_texts = 2, then N = 2)
     pos_indptr_B1 [0, 2, 2, 3]   pos_terms [0, 1, 1]        positives, compressed by clip (CSR)
-    ign_indptr_B1 [0, 2, 2, 4]   ign_groups  variant groups of each clip's positives and of its cut terms
+    ign_indptr_B1 [0, 2, 2, 4]   ign_groups  variant groups that are no negatives of the clip: of its positives, of its
+                                            cut terms, of terms that its text holds without being labelled
 
 Shape letters: B clips of this rank, N unique terms of this rank, S samples of all clips one after another,
 P tokens of all strings one after another.
@@ -12,7 +13,7 @@ P tokens of all strings one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from data.audio import SAMPLE_RATE
 from data.clips import Clip
 from data.glossary import Glossary, group_of
 from data.terms import key64, normalise_term
+
+MAX_SPOKEN_WORDS = 6  # of a term that is looked for in a chunk's text
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 
@@ -67,8 +70,11 @@ def collate(
     tokenize: Tokenize,
     glossary: Glossary | None = None,
     clip_indices: Sequence[int] | None = None,
+    maskable: Set[int] = frozenset(),
 ) -> Batch:
     """Clips with their samples (int16 [S] each) -> Batch. Equal texts share a row, terms are unique.
+
+    `maskable`: variant groups of the terms that any batch may hold; those that a clip's text speaks are ignored for it.
 
     Terms are encoded in their normal form, so that every rank's copy of a term is the same string. ValueError when the
     tokenizer gives no token for a string.
@@ -84,7 +90,8 @@ def collate(
         text_row_B.append(text_rows.setdefault(clip.text, len(text_rows)) if key else -1)
         text_keys_B.append(key64(key) if key else 0)
         positives.append([term_rows.setdefault(term, len(term_rows)) for term in clip.terms])
-        ignored.append(list(dict.fromkeys(group_of(term, glossary) for term in (*clip.terms, *clip.ignored))))
+        named = [group_of(term, glossary) for term in (*clip.terms, *clip.ignored)]
+        ignored.append(list(dict.fromkeys([*named, *spoken_groups(key, maskable, glossary)])))
 
     strings = [*text_rows, *term_rows]
     tokens = tokenize(strings) if strings else []
@@ -112,6 +119,19 @@ def collate(
         ign_indptr_B1=ign_indptr_B1,
         ign_groups=ign_groups,
     )
+
+
+def spoken_groups(text: str, maskable: Set[int], glossary: Glossary | None = None) -> list[int]:
+    """The groups of `maskable` that a run of words of the text (normal form) spells, in order."""
+    if not maskable:
+        return []
+    words = text.split()
+    runs = (
+        " ".join(words[first:stop])
+        for first in range(len(words))
+        for stop in range(first + 1, min(first + MAX_SPOKEN_WORDS, len(words)) + 1)
+    )
+    return [group for run in runs if (group := group_of(run, glossary)) in maskable]
 
 
 def _csr(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

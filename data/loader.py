@@ -30,7 +30,7 @@ from data.audio import AudioError
 from data.batches import Batch, Tokenize, collate
 from data.clips import Clip
 from data.drops import DropLog
-from data.glossary import Glossary
+from data.glossary import Glossary, group_of
 from data.reader import AudioReader
 from data.settings import DataSettings
 from data.windows import Windows
@@ -70,6 +70,8 @@ class Loader:
             raise ValueError(f"batch_size is {batch_size}; allowed are {world_size} (one clip a process) and above")
         if not clips:
             raise ValueError("no training clip is left")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}; allowed are 0 and above")
         assert 0 <= rank < world_size, (rank, world_size)
         self.clips = clips
         self.batch_size = batch_size
@@ -82,6 +84,7 @@ class Loader:
         self.reader = reader or AudioReader(settings.audio_cache_mb)
         self._tokenize = tokenize
         self._tokenize_lock = threading.Lock()  # fast tokenizers refuse to be called from two threads at once
+        self._maskable = self._terms_groups() if settings.mask_spoken_terms else frozenset()
         last = self.num_items % batch_size
         self._keeps_last = last >= MIN_CLIPS_A_RANK * world_size
         if last and not self._keeps_last:
@@ -160,6 +163,13 @@ class Loader:
                 mine.append(position)
         return [items[position] for position in sorted(mine)]
 
+    def _terms_groups(self) -> frozenset[int]:
+        """Variant groups of all terms that a batch, or the glossary's bank of negatives, may hold."""
+        terms = {term for clip in self.clips for term in clip.terms}
+        terms |= self.windows.possible_terms() if self.windows else set()
+        terms |= set(self.glossary.terms) if self.glossary else set()
+        return frozenset(group_of(term, self.glossary) for term in terms)
+
     def _build(self, epoch: int, step: int, order: np.ndarray) -> Batch:
         items, clips, pcms = [], [], []
         for item in self.rank_items(epoch, step, order):
@@ -178,6 +188,7 @@ class Loader:
             self._tokenize_alone,
             self.glossary,
             [item if item < len(self.clips) else -1 for item in items],
+            self._maskable,
         )
 
     def _read(self, clip: Clip, epoch: int, item: int) -> np.ndarray | None:

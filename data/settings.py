@@ -34,6 +34,8 @@ class DataSettings:
     """File that remembers the header checks; by default ~/.cache/earmark/audio_checks.jsonl."""
     check_leak_content: bool = True
     """Compare the content of test files with training files too, not only their ids and paths."""
+    mask_spoken_terms: bool = True
+    """A term that a clip's text holds without being labelled is no negative of that clip."""
     num_workers: int = 2
     """Threads a process that read audio and build batches ahead; 0 = none."""
     audio_cache_mb: int = 512

@@ -6,6 +6,7 @@ written       normalise_term   variant_group of
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -55,6 +56,7 @@ def variant_form(term: str) -> str:
     return form or normalise_term(term)
 
 
+@functools.lru_cache(maxsize=1 << 17)  # the words of chunk texts are asked for again and again
 def variant_group(term: str) -> int:
     """Key shared by spelling variants of a term. Within a group a column is masked, never a negative."""
     return key64(variant_form(term))

@@ -100,6 +100,20 @@ class Windows:
         # A window starts at a word drawn evenly over all words, so that long prompts get their share.
         self._word_offsets = list(itertools.accumulate((len(prompt.words) for prompt in prompts), initial=0))
 
+    def possible_terms(self) -> set[str]:
+        """Every term that a window may have as a positive."""
+        possible = {term for found in self.occurrences for term, _, _ in found}
+        if self.settings.window_words_as_terms:
+            possible |= {word for prompt in self.prompts for word in prompt.words if _is_word_term(word)}
+        return possible
+
+    def whole_clips(self) -> list[Clip]:
+        """Each prompt as one clip, for the check that no test audio gets into training by way of windows."""
+        return [
+            self.clip(which, 0.0, prompt.duration_s, f"prompt:{prompt.prompt_id}")
+            for which, prompt in enumerate(self.prompts)
+        ]
+
     def draw(self, seed: int, epoch: int, index: int) -> Clip:
         """Window number `index` of the epoch, 0 and up, as a clip."""
         rng = np.random.default_rng((STREAM, seed, epoch, index))
@@ -145,7 +159,7 @@ class Windows:
                 ignored[term] = None
         if self.settings.window_words_as_terms:
             for word, whole, part in zip(prompt.words, inside, touched, strict=True):
-                if len(word) >= MIN_TERM_CHARS and is_usable_term(word):
+                if _is_word_term(word):
                     if whole:
                         terms[word] = None
                     elif part:
@@ -164,6 +178,10 @@ class Windows:
             segment_id=prompt.prompt_id,
             duration_s=end_s - start_s,
         )
+
+
+def _is_word_term(word: str) -> bool:
+    return sum(char.isalpha() for char in word) >= MIN_TERM_CHARS and is_usable_term(word)
 
 
 def _occurrences(words: tuple[str, ...], phrases: dict[tuple[str, ...], str]) -> list[tuple[str, int, int]]:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.batches import collate
+from data.batches import collate, spoken_groups
 from data.glossary import Entry, Glossary
 from data.terms import key64, variant_group
 
@@ -91,3 +91,19 @@ def test_a_batch_without_any_string(clip, tokenize):
 def test_a_string_without_tokens_is_an_error(clip):
     with pytest.raises(ValueError, match="no token for 'press the pound key'"):
         collate([clip("0")], [pcm(10)], lambda strings: [[] for _ in strings])
+
+
+def test_terms_that_the_text_speaks_unlabelled_are_no_negatives(clip, tokenize):
+    names = ("pound key", "press", "asterisk", "touch-tone")
+    maskable = {variant_group(name) for name in names}
+    clips = [clip("0", text="Press the pound keys", terms=()), clip("1", text="touchtone, asterisks", terms=())]
+    batch = collate(clips, [pcm(10), pcm(10)], tokenize, maskable=maskable)
+    rows = np.split(batch.ign_groups, batch.ign_indptr_B1[1:-1])
+    assert set(rows[0].tolist()) == {variant_group("press"), variant_group("pound key")}
+    assert set(rows[1].tolist()) == {variant_group("touch-tone"), variant_group("asterisk")}
+    assert collate(clips, [pcm(10), pcm(10)], tokenize).ign_groups.tolist() == []
+
+
+def test_aliases_that_the_text_speaks_count_too():
+    glossary = Glossary("g", [Entry("pound key", "pound key", aliases=["hash"])])
+    assert spoken_groups("press hash", {variant_group("pound key")}, glossary) == [variant_group("pound key")]

@@ -8,6 +8,7 @@ import pytest
 from data.drops import DropLog
 from data.loader import Loader, iterate_in_order
 from data.settings import DataSettings
+from data.terms import variant_group
 from data.windows import Prompt, Windows
 
 
@@ -216,10 +217,28 @@ def test_the_fingerprint_changes_with_what_changes_the_order(loader, clips, sett
 def test_sizes_that_make_no_batch_are_refused(loader, clips):
     with pytest.raises(ValueError, match="batch_size is 1; allowed are 2"):
         loader(batch_size=1, world_size=2)
+    with pytest.raises(ValueError, match="seed is -1"):
+        loader(seed=-1)
     with pytest.raises(ValueError, match="1 clips make no batch"):
         loader(clips=clips[:1])
     with pytest.raises(ValueError, match="no training clip is left"):
         loader(clips=[])
+
+
+def test_any_term_of_the_run_is_masked_where_a_text_speaks_it(clip, wav, tokenize, settings):
+    path = wav("a.wav", seconds=2.0)
+    pair = [
+        clip("0", path, text="press the pound key", terms=("press",), end_s=1.0),
+        clip("1", path, text="hello", terms=("pound key",), start_s=1.0),
+    ]
+
+    def ignored_of_press():
+        [batch] = Loader(pair, 2, tokenize, settings).epoch(0)
+        return np.split(batch.ign_groups, batch.ign_indptr_B1[1:-1])[batch.clip_ids.index("0")].tolist()
+
+    assert ignored_of_press() == [variant_group("press"), variant_group("pound key")]
+    settings.mask_spoken_terms = False
+    assert ignored_of_press() == [variant_group("press")]
 
 
 # ---------------------------------------------------------------- in order

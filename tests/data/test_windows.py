@@ -3,6 +3,7 @@ import json
 import pytest
 
 from data.drops import DropLog
+from data.leaks import refuse_leaks
 from data.settings import DataSettings
 from data.windows import MARGIN_S, Prompt, Windows, load_prompts
 
@@ -81,6 +82,18 @@ def test_every_word_gets_its_turn():
     source = windows(prompt(), prompt(("hello",), name="q"))
     texts = " ".join(source.draw(0, 0, index).text for index in range(300)).split()
     assert set(texts) == {*WORDS, "hello"}
+
+
+def test_possible_terms_are_those_that_windows_can_have():
+    assert windows().possible_terms() == {"agent number", "agent", "pound key", "pound"}
+    assert windows(window_words_as_terms=True).possible_terms() == {*WORDS, "agent number", "pound key"}
+
+
+def test_whole_prompts_show_test_audio_that_windows_would_be_drawn_from(clip, wav):
+    path = str(wav("p.wav", seconds=4.0))
+    whole = windows(Prompt("p", path, 4.0, ("pound",), (0.0,), (0.4,))).whole_clips()
+    with pytest.raises(ValueError, match="same audio as training"):
+        refuse_leaks(whole, [clip("t", path, start_s=3.0, end_s=3.5)])
 
 
 # ---------------------------------------------------------------- the word file
