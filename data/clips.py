@@ -2,8 +2,8 @@
 
 A record (JSON array or JSON Lines):
 
-    {"segment_id": "POD02_S91", "term_chunk_audio": "a/POD02_S91_term_Artesia.wav", "term_chunk_text": "the city of artesia",
-     "term_chunk_audio_ground_truth_terms": ["Artesia"]}
+    {"segment_id": "POD02_S91", "term_chunk_audio": "a/POD02_S91_term_Artesia.wav",
+     "term_chunk_text": "the city of artesia in", "term_chunk_audio_ground_truth_terms": ["Artesia"]}
 
 Optional: `segment_id`, `term_chunk_audio_start` / `_end` (seconds within the file; else the whole file is the clip),
 `partial_terms` (cut by the window: neither positive nor negative), `is_no_term_chunk`. Anything else is ignored:
@@ -11,7 +11,7 @@ Optional: `segment_id`, `term_chunk_audio_start` / `_end` (seconds within the fi
 
 The chunked format (JSON Lines, one row a term) has `term, term_key, chunk_src_text, utter_id, chunk_idx,
 chunk_audio_path`; rows of one `utter_id::chunk_idx` make one clip, an empty term makes it a no-term clip.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
