@@ -60,8 +60,8 @@ class CheckpointStore:
         """Write checkpoint `step` and remove the oldest beyond `keep`. Returns its folder.
 
         write(folder): called on rank 0 alone with a temporary folder, so it must not use collectives. Each rank's
-        random state is added. Raises CheckpointError on all ranks when any rank fails; the temporary folder is then gone and
-        older checkpoints are intact.
+        random state is added. Raises CheckpointError on all ranks when any rank fails; the temporary folder is then
+        gone and older checkpoints are intact.
         """
         path = self.root / f"step-{step:08d}"
         temporary = Path(on_rank_0(lambda: str(make_temporary_folder(path))))
