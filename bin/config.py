@@ -133,7 +133,7 @@ class RunSettings:
     dry_run: bool = False
     """Check settings, data and model, print what would run, and stop."""
     adapter_keys: Literal["v5", "v4", "both"] = "both"
-    """Key names of adapter files: of transformers 5, of 4 (whose PEFT loads no other), or v5 and a copy in adapter_v4."""
+    """Key names of adapter files: transformers 5, transformers 4 (whose PEFT loads no other), or v5 and adapter_v4/."""
     show_examples: int = 6
     """Test clips shown with their top terms at the end."""
     progress: bool = True

@@ -32,6 +32,7 @@ from distributed.collectives import broadcast_json, on_rank_0
 from distributed.processes import World
 from distributed.rundir import read_status
 from distributed.training_state import pack_optimizer, pack_plateau, unpack_optimizer, unpack_plateau
+from lora.adapter import KeyScheme
 from losses.temperature import Temperature
 from losses.terms import TermBank
 from model.build import Built
@@ -168,7 +169,8 @@ def load_checkpoint(store: CheckpointStore, checkpoint: Path, run: Resumable) ->
 
 def save_trained(run_dir: Path, name: str, run: Resumable, state: RunState, metrics: dict[str, float]) -> None:
     """Replace <run>/<name>/ and <run>/<name>.pt by the model of this moment. A collective."""
-    schemes = ("v5", "v4") if run.config.run.adapter_keys == "both" else (run.config.run.adapter_keys,)
+    wanted = run.config.run.adapter_keys
+    schemes: tuple[KeyScheme, ...] = ("v5", "v4") if wanted == "both" else (wanted,)
     info = {"step": state.step, "epoch": state.epoch, "metrics": metrics}
 
     def write() -> None:

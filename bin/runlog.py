@@ -12,7 +12,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ class MetricsWriter:
 
     def write(self, numbers: Mapping[str, float], step: int, epoch: float) -> None:
         """NaN and infinities become null in the file: strict JSON knows neither."""
-        record = {"step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3)}
-        record |= {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}  # type: ignore[dict-item]
+        record: dict[str, float | None] = {"step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3)}
+        record |= {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -119,6 +120,32 @@ class MetricsWriter:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class Interval:
+    """Counts clips, steps and the time spent waiting for data since it was made."""
+
+    def __init__(self) -> None:
+        self.num_clips = 0  # of all ranks
+        self.num_steps = 0
+        self._started = time.perf_counter()
+        self._waited_s = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time the enclosed lines as waiting for a batch."""
+        asked = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - asked
+
+    def numbers(self) -> dict[str, float]:
+        """Clips a second of all ranks, milliseconds a step and milliseconds a step of waiting."""
+        seconds, steps = time.perf_counter() - self._started, max(1, self.num_steps)
+        return {
+            "train/clips_per_s": self.num_clips / seconds,
+            "train/step_ms": seconds / steps * 1e3,
+            "data/wait_ms": self._waited_s / steps * 1e3,
+        }
 
 
 def _is_kept(line: str, resumed_step: int) -> bool:

@@ -38,7 +38,7 @@ from bin.rundir import (
     save_checkpoint,
     save_trained,
 )
-from bin.runlog import MetricsWriter, configure_logging, environment, progress_bar, show_examples, show_recall
+from bin.runlog import Interval, MetricsWriter, configure_logging, environment, progress_bar, show_examples, show_recall
 from bin.step import center_heads, loss_share
 from data.loader import Loader
 from distributed import processes
@@ -47,7 +47,7 @@ from distributed.checkpoints import CheckpointStore
 from distributed.collectives import agree, sum_over_ranks
 from distributed.gradsync import check_same_parameters, clip_gradients, sync_gradients
 from distributed.health import NonFiniteGuard, missing_gradients
-from distributed.rundir import RunLock, write_status
+from distributed.rundir import RunLock, State, write_status
 from lora.inject import inject_lora
 from losses.temperature import Temperature
 from losses.terms import TermBank
@@ -178,7 +178,7 @@ def train(config: Config) -> int:
             if metrics is not None:
                 metrics.write(numbers, state.step, state.step / steps_per_epoch)
 
-        def set_status(name: str, message: str = "") -> None:
+        def set_status(name: State, message: str = "") -> None:
             if world.is_main:
                 write_status(run_dir, name, state.step, state.epoch, message)
 
@@ -192,44 +192,38 @@ def train(config: Config) -> int:
 
         # ------------------------------------------------------------------------------------------------ loop
         guard = NonFiniteGuard(config.distributed.max_nonfinite_steps)
-        wire_dtype = config.distributed.wire_dtype(world.device)
-        uses_bank = data.glossary is not None and config.losses.enable_hard_neg and config.losses.hard_neg_weight > 0
+        wire_dtype, hash_every = config.distributed.wire_dtype(world.device), config.distributed.parameter_hash_every
+        bank_glossary = data.glossary if config.losses.enable_hard_neg and config.losses.hard_neg_weight else None
         logger.info(
             "training: %d steps of %d clips on %d process(es), %d steps an epoch, from step %d",
             total_steps, cfg.batch_size, world.world_size, steps_per_epoch, state.step,
         )  # fmt: skip
         set_status("training")
-        is_first_step, logged_at, logged_clips, wait_s, logged_steps = True, time.perf_counter(), 0, 0.0, 0
-        note = ""
+        is_first_step, interval, note = True, Interval(), ""
         is_over = state.stopped_early or state.step >= total_steps or state.epoch >= cfg.epochs
         with progress_bar(config.run.progress and world.is_main) as bar:
             task = bar.add_task("training", total=total_steps, completed=state.step, note="")
             while not is_over:
                 batches_of_epoch = loader.epoch(state.epoch, state.step_in_epoch * cfg.grad_accum_steps)
                 while state.step_in_epoch < steps_per_epoch and state.step < total_steps:
-                    if uses_bank and (
-                        bank is None or state.step_in_epoch == 0
-                        if cfg.refresh_bank_every == 0
-                        else bank is None or state.step % cfg.refresh_bank_every == 0
-                    ):
-                        bank = embed_bank(model, tokenizer, data.glossary, cfg.eval_batch_size, world)
+                    bank_age = state.step % cfg.refresh_bank_every if cfg.refresh_bank_every else state.step_in_epoch
+                    if bank_glossary is not None and (bank is None or bank_age == 0):
+                        bank = embed_bank(model, tokenizer, bank_glossary, cfg.eval_batch_size, world)
                     lr = learning_rate(state.step)
                     for group in optimizer.param_groups:
                         group["lr"] = lr
                     optimizer.zero_grad(set_to_none=True)
-                    share, parts_sum = torch.zeros((), device=world.device), {}
+                    shares: dict[str, torch.Tensor] = {}
                     for _ in range(cfg.grad_accum_steps):
-                        asked_at = time.perf_counter()
-                        batch = next(batches_of_epoch)
-                        wait_s += time.perf_counter() - asked_at
-                        micro, micro_parts, relations = loss_share(
+                        with interval.waiting():
+                            batch = next(batches_of_epoch)
+                        share, parts, relations = loss_share(
                             model, temperature, batch, config.losses, world, wire_dtype, bank
                         )
-                        (micro / cfg.grad_accum_steps).backward()
-                        share = share + micro.detach() / cfg.grad_accum_steps
-                        for name, part in micro_parts.items():
-                            parts_sum[name] = parts_sum.get(name, 0.0) + part / cfg.grad_accum_steps
-                        logged_clips += relations.num_clips
+                        (share / cfg.grad_accum_steps).backward()
+                        for name, value in {"loss": share.detach(), **parts}.items():
+                            shares[name] = shares.get(name, 0.0) + value / cfg.grad_accum_steps
+                        interval.num_clips += relations.num_clips
                     if is_first_step:
                         untrained = missing_gradients(named)
                         if untrained:
@@ -243,24 +237,21 @@ def train(config: Config) -> int:
 
                     # Every rank must take the same way from here: one small all-reduce a step carries what decides it.
                     # (A NaN on one rank is NaN in the sum, so the loss and the norm of all ranks are compared as one.)
-                    agreed = agree(loss=float(share), grad_norm=float(norm), stop=stop.requested)
+                    agreed = agree(loss=float(shares["loss"]), grad_norm=float(norm), stop=stop.requested)
                     if guard.accepts(state.step, loss=agreed["loss"], gradient_norm=agreed["grad_norm"]):
                         optimizer.step()
                     state.step += 1
                     state.step_in_epoch += 1
-                    logged_steps += 1
+                    interval.num_steps += 1
 
                     if state.step % cfg.log_every == 0 or state.step == total_steps:
-                        totals = sum_over_ranks(loss=float(share), **{k: float(v) for k, v in parts_sum.items()})
-                        seconds = time.perf_counter() - logged_at
+                        totals = sum_over_ranks(**{name: float(value) for name, value in shares.items()})
                         numbers = {f"train/{'loss' if k == 'loss' else 'loss_' + k}": v for k, v in totals.items()} | {
                             "train/lr": lr,
                             "train/grad_norm": float(norm),
                             "train/temperature": 1.0 / float(temperature()),
-                            "train/clips_per_s": logged_clips / seconds,
-                            "train/step_ms": seconds / logged_steps * 1e3,
                             "train/skipped_steps": float(guard.num_skipped),
-                            "data/wait_ms": wait_s / logged_steps * 1e3,
+                            **interval.numbers(),
                         }
                         if world.device.type == "cuda":
                             numbers["gpu/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -271,32 +262,26 @@ def train(config: Config) -> int:
                             state.step, total_steps, state.step / steps_per_epoch, totals["loss"], lr, float(norm),
                             numbers["train/clips_per_s"], numbers["data/wait_ms"],
                         )  # fmt: skip
-                        logged_at, logged_clips, wait_s, logged_steps = time.perf_counter(), 0, 0.0, 0
+                        interval = Interval()
                     bar.update(task, completed=state.step, note=note)
-                    if (
-                        config.distributed.parameter_hash_every
-                        and state.step % config.distributed.parameter_hash_every == 0
-                    ):
+                    if hash_every and state.step % hash_every == 0:
                         check_same_parameters(named)
                     if agreed["stop"]:
                         save_checkpoint(store, run, state, bank)
-                        set_status(
-                            "preempted", f"stopped by a signal; go on with --run_name {run_dir.name} --resume auto"
-                        )
+                        set_status("preempted", f"go on with --run_name {run_dir.name} --resume auto")
                         logger.warning("stopped by a signal at step %d; checkpoint saved", state.step)
                         return 0
                     ends_epoch = state.step_in_epoch == steps_per_epoch or state.step == total_steps
                     if cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and not ends_epoch:
                         save_checkpoint(store, run, state, bank)
-                batches_of_epoch.close()
 
                 # ---------------------------------------------------------------------------- end of an epoch
-                state.epoch, state.step_in_epoch = state.epoch + 1, 0
+                if state.step_in_epoch == steps_per_epoch:  # else max_steps ended it, and a longer run may go on
+                    state.epoch, state.step_in_epoch = state.epoch + 1, 0
                 merge_drops(data.drops, world, run_dir / "bad_records.jsonl")
                 is_over = state.epoch >= cfg.epochs or state.step >= total_steps
                 if state.epoch % cfg.eval_every == 0 or is_over:
                     set_status("evaluating")
-                    paused_at = time.perf_counter()
                     result = dev(model, tokenizer)
                     recall = result.recall(10)
                     write_metrics(result.flat())
@@ -315,7 +300,7 @@ def train(config: Config) -> int:
                     if cfg.patience and state.stale_evaluations >= cfg.patience:
                         logger.info("early stop: no better Recall@10 in %d evaluations", state.stale_evaluations)
                         is_over = state.stopped_early = True
-                    logged_at += time.perf_counter() - paused_at  # clips/s counts training only
+                    interval = Interval()  # clips/s counts training only
                     set_status("training")
                 if is_over or state.epoch % cfg.save_every == 0:
                     save_checkpoint(store, run, state, bank)
