@@ -4,8 +4,10 @@ Each rule is a function from source to the lines that break it, so that the rule
 """
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,6 +89,38 @@ def test_tests_mirror_the_rooms() -> None:
     assert not missing, f"modules without their test file: {missing}"
     stale = [name for name in WITHOUT_OWN_TEST if not (ROOT / name).exists()]
     assert not stale, f"WITHOUT_OWN_TEST names files that do not exist: {stale}"
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that only happens to be installed (by another one, or by hand) is missing on a fresh machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared_lines = [
+        *project["dependencies"],
+        *(line for e in project["optional-dependencies"].values() for line in e),
+    ]
+    declared = {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in declared_lines}
+    missing: dict[str, list[str]] = {}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                names = [node.module]
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - set(ROOMS):
+                if top.lower().replace("_", "-") not in declared:
+                    missing.setdefault(top, []).append(path.relative_to(ROOT).as_posix())
+    assert not missing, f"imported, but not among pyproject.toml's dependencies or extras: {missing}"
+
+
+def test_constraints_pin_what_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    pins = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "launch" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    }
+    names = {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in wanted}
+    assert names <= pins, f"launch/constraints.txt has no version for {sorted(names - pins)}"
 
 
 # Rules on source text -----------------------------------------------------------------------------------------------
