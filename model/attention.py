@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.packing import SequenceLayout
+from model.packing import DenseGroup, SequenceLayout
 
 
 def _find(module: str, name: str) -> Any:
@@ -106,23 +106,33 @@ def _varlen(q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor, layout: SequenceLayout,
 
 
 def _sdpa(q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor, layout: SequenceLayout, causal: bool) -> Tensor:
-    """Dense attention on a padded batch, for any device and dtype; no padding when all lengths are equal."""
-    num_heads, batch = q_PHD.shape[1], len(layout.lengths)
+    """Dense attention on padded batches, for any device and dtype; no padding when all lengths are equal."""
+    num_heads = q_PHD.shape[1]
     k_PHD, v_PHD = _repeat_heads(k_PKD, num_heads), _repeat_heads(v_PKD, num_heads)
-    shape = (batch, layout.max_len, num_heads, q_PHD.shape[2])
-    if layout.is_rectangular:
-        q, k, v = (x.reshape(shape).transpose(1, 2) for x in (q_PHD, k_PHD, v_PHD))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(q_PHD.shape)
-    q, k, v = (_pad(x, layout).view(shape).transpose(1, 2) for x in (q_PHD, k_PHD, v_PHD))
-    # Padding comes last, so a causal mask alone already hides it from every real token.
-    mask = None if causal else layout.key_mask_BL[:, None, None, :]
-    out_BHLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return out_BHLD.transpose(1, 2).reshape(-1, *q_PHD.shape[1:])[layout.dense_P]
+    out_PHD = None
+    for group in layout.dense_groups:
+        q, k, v = (_to_dense(x, group).transpose(1, 2) for x in (q_PHD, k_PHD, v_PHD))
+        # Padding comes last, so a causal mask alone already hides it from every real token.
+        mask = None if causal or group.key_mask_BL is None else group.key_mask_BL[:, None, None, :]
+        out_BHLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        rows_PHD = out_BHLD.transpose(1, 2).reshape(-1, *q_PHD.shape[1:])
+        if group.rows_P is not None:
+            rows_PHD = rows_PHD[group.rows_P]
+        if group.tokens_P is None:
+            return rows_PHD
+        out_PHD = torch.zeros_like(q_PHD) if out_PHD is None else out_PHD
+        out_PHD = out_PHD.index_copy(0, group.tokens_P, rows_PHD)
+    assert out_PHD is not None
+    return out_PHD
 
 
-def _pad(x_PHD: Tensor, layout: SequenceLayout) -> Tensor:
-    rows = len(layout.lengths) * layout.max_len
-    return x_PHD.new_zeros(rows, *x_PHD.shape[1:]).index_copy(0, layout.dense_P, x_PHD)
+def _to_dense(x_PHD: Tensor, group: DenseGroup) -> Tensor:
+    """Packed rows to [batch, max_len, H, D], zeros after each sequence."""
+    if group.tokens_P is not None:
+        x_PHD = x_PHD[group.tokens_P]
+    if group.rows_P is not None:
+        x_PHD = x_PHD.new_zeros(group.batch * group.max_len, *x_PHD.shape[1:]).index_copy(0, group.rows_P, x_PHD)
+    return x_PHD.reshape(group.batch, group.max_len, *x_PHD.shape[1:])
 
 
 def _repeat_heads(x_PKD: Tensor, num_heads: int) -> Tensor:

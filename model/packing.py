@@ -27,6 +27,8 @@ TAIL_FRAMES = 2
 """Frames kept after the clip: the reach of the two convolutions beyond its last token."""
 GAP_FRAMES = 2
 """Least slots between two clips: a 400-sample window (2.5 hops) must not see the next clip from a kept frame."""
+# A padded batch may hold this many times the attention scores that its sequences need before it is split.
+_MAX_PADDING = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,20 @@ class TextPack:
 
 
 @dataclass(frozen=True, eq=False)
+class DenseGroup:
+    """Some of a pack's sequences as one padded batch [batch, max_len]."""
+
+    batch: int
+    max_len: int
+    tokens_P: Tensor | None
+    """int64, the group's rows of the pack; None: all of them."""
+    rows_P: Tensor | None
+    """int64, these tokens' rows of the flattened batch; None: the same, since all lengths are equal."""
+    key_mask_BL: Tensor | None
+    """bool, True where the batch holds a token; None: everywhere."""
+
+
+@dataclass(frozen=True, eq=False)
 class SequenceLayout:
     """Where each packed token sits: tables for attention, positions and means. Build with `SequenceLayout.build`."""
 
@@ -91,21 +107,37 @@ class SequenceLayout:
         cu, owner_P, place_P = (tables[prefix + name] for name in _TABLE_NAMES)
         return cls(lengths, max(lengths), cu.to(torch.int32), owner_P, place_P)
 
-    @property
-    def is_rectangular(self) -> bool:
-        """True when all sequences are equally long: the packed rows are then a dense batch already."""
-        return len(self.lengths) * self.max_len == sum(self.lengths)
-
     @cached_property
-    def dense_P(self) -> Tensor:
-        """int64, each token's row in a [B * max_len] padded batch."""
-        return self.owner_P * self.max_len + self.place_P
+    def dense_groups(self) -> "list[DenseGroup]":
+        """The pack as padded batches, for dense attention: one batch, or one for each factor of two in length.
 
-    @cached_property
-    def key_mask_BL(self) -> Tensor:
-        """bool, True where the padded batch holds a token."""
-        lengths_B = self.cu_seqlens.diff()
-        return torch.arange(self.max_len, device=lengths_B.device) < lengths_B[:, None]
+        A single clip of 30 s among short ones would otherwise pad them all to 30 s.
+        """
+        lengths_B = torch.tensor(self.lengths)
+        _, owner_P, place_P = _tables(self.lengths)
+        octave_B = torch.log2(self.max_len / lengths_B).long()
+        if len(self.lengths) * self.max_len**2 <= _MAX_PADDING * int(lengths_B.square().sum()):
+            octave_B = torch.zeros_like(lengths_B)
+        groups = []
+        for octave in octave_B.unique().tolist():
+            members_B = octave_B == octave
+            batch, max_len = int(members_B.sum()), int(lengths_B[members_B].max())
+            tokens_P = members_B[owner_P].nonzero()[:, 0]
+            rank_B = members_B.cumsum(0) - 1
+            rows_P = rank_B[owner_P[tokens_P]] * max_len + place_P[tokens_P]
+            mask_BL = torch.arange(max_len) < lengths_B[members_B][:, None]
+            moved = _ship({"tokens": tokens_P, "rows": rows_P, "mask": mask_BL.flatten().long()}, self.owner_P.device)
+            is_padded = batch * max_len > len(tokens_P)
+            groups.append(
+                DenseGroup(
+                    batch=batch,
+                    max_len=max_len,
+                    tokens_P=None if batch == len(self.lengths) else moved["tokens"],
+                    rows_P=moved["rows"] if is_padded else None,
+                    key_mask_BL=moved["mask"].bool().view(batch, max_len) if is_padded else None,
+                )
+            )
+        return groups
 
     def mean(self, x_PD: Tensor) -> Tensor:
         """Mean over each sequence's tokens, [B, D], accumulated in fp32 (fp64 for fp64 input)."""

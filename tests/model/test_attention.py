@@ -25,7 +25,7 @@ def reference(q_PHD, k_PKD, v_PKD, lengths, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [[7, 1, 12, 3], [5, 5, 5], [1], [9, 8]])
+@pytest.mark.parametrize("lengths", [[7, 1, 12, 3], [5, 5, 5], [1], [9, 8], [2, 60, 1, 3, 4, 4, 25, 2]])
 def test_sdpa_equals_the_formula_in_values_and_gradients(lengths, kv_heads, causal):
     shapes = [(sum(lengths), heads, 6) for heads in (4, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]

@@ -41,11 +41,33 @@ def test_sequence_layout(lengths):
     layout = SequenceLayout.build(lengths, "cpu")
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.cu_seqlens.diff().tolist() == lengths
-    assert layout.is_rectangular == (len(set(lengths)) == 1)
-    assert torch.equal(layout.key_mask_BL.flatten().nonzero()[:, 0], layout.dense_P)
     x_PD = torch.randn(sum(lengths), 3, dtype=torch.float64)
     means = torch.stack([part.mean(0) for part in x_PD.split(lengths)])
     torch.testing.assert_close(layout.mean(x_PD), means)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=12))
+def test_dense_groups_hold_every_token_once_and_little_padding(lengths):
+    layout = SequenceLayout.build(lengths, "cpu")
+    seen = []
+    for group in layout.dense_groups:
+        tokens = torch.arange(sum(lengths)) if group.tokens_P is None else group.tokens_P
+        rows = torch.arange(len(tokens)) if group.rows_P is None else group.rows_P
+        assert torch.equal(rows % group.max_len, layout.place_P[tokens])
+        if group.key_mask_BL is None:
+            assert len(tokens) == group.batch * group.max_len
+        else:
+            assert torch.equal(group.key_mask_BL.flatten().nonzero()[:, 0], rows)
+        seen.append(tokens)
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(sum(lengths)))
+    padded = sum(group.batch * group.max_len**2 for group in layout.dense_groups)
+    assert padded <= 4 * sum(length**2 for length in lengths)
+
+
+def test_one_long_clip_does_not_pad_the_short_ones():
+    groups = SequenceLayout.build([1500, *[75] * 63], "cpu").dense_groups
+    assert [(group.batch, group.max_len) for group in groups] == [(1, 1500), (63, 75)]
 
 
 def test_mean_of_half_precision_is_taken_in_fp32():
