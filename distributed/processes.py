@@ -145,8 +145,8 @@ def _meet(store: dist.TCPStore, rank: int, world_size: int, timeout_s: float) ->
             answered |= words
         elif time.monotonic() > deadline:
             raise TimeoutError(
-                f"not all of {world_size} ranks came within {timeout_s:g} s (start_timeout_s); "
-                f"never heard of ranks {silent[:8]}"
+                f"not all of {world_size} ranks came within {timeout_s:g} s (start_timeout_s): "
+                + (f"never heard of ranks {silent[:8]}" if silent else "a rank left again while it started")
             )
         else:
             time.sleep(0.02)
