@@ -175,6 +175,8 @@ class AudioLayout:
     def build(cls, num_samples: Sequence[int], pool: int, max_frames: int, device: torch.device | str) -> "AudioLayout":
         """`pool` is 1 or 2, `max_frames` the tower's reach. Raises ValueError for a clip that is empty or too long."""
         limit = max_frames * HOP
+        if not num_samples:
+            raise ValueError("num_samples: got an empty pack, need at least one clip")
         for i, samples in enumerate(num_samples):
             if not 1 <= samples <= limit:
                 seconds = limit / SAMPLE_RATE

@@ -87,6 +87,8 @@ def test_lengths_that_do_not_fit_the_data_are_refused():
         AudioPack(torch.zeros(4, dtype=torch.int16), [2, 3])
     with pytest.raises(ValueError, match="lengths: they sum to 5, but ids_P holds 4"):
         TextPack(torch.zeros(4, dtype=torch.int64), [2, 3])
+    with pytest.raises(ValueError, match="need at least one clip"):
+        AudioLayout.build([], 2, 3000, "cpu")
     with pytest.raises(ValueError, match="at least one sequence"):
         SequenceLayout.build([], "cpu")
     with pytest.raises(ValueError, match="one token in each"):
