@@ -40,37 +40,45 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
 
     Raises ValueError for a missing file, a leak, or more drops than max_bad_fraction.
     """
-    drops = DropLog(settings.max_bad_fraction)
     wanted = {
         "train": settings.train_samples_path,
         "test": settings.test_samples_path,
         "dev": settings.dev_samples_path,
     }
     files = {n: find_file(p, settings.data_root, f"--{n}_samples_path") for n, p in wanted.items() if p is not None}
-    clips = {name: load_clips(path, settings, drops) for name, path in files.items()}
+    # One account a file, so that a large training file cannot hide a broken test file.
+    accounts = {name: DropLog(settings.max_bad_fraction) for name in files}
+    clips = {name: load_clips(path, settings, accounts[name]) for name, path in files.items()}
+    if settings.check_audio:
+        if not world.is_main:
+            barrier()
+        clips = {n: check_clips(some, accounts[n], settings.check_cache_path) for n, some in clips.items()}
+        if world.is_main:
+            barrier()
+
+    drops = DropLog(settings.max_bad_fraction)
     glossary = None
     if settings.glossary_path is not None:
         glossary = load_glossary(find_file(settings.glossary_path, settings.data_root, "--glossary_path"), drops)
     windows = _load_windows(settings, clips["train"], glossary, drops)
+    for account in accounts.values():
+        drops.absorb(account)
+    if bad_records is not None and world.is_main:
+        drops.write(bad_records)
+    for account in (*accounts.values(), drops):
+        account.written_to = drops.written_to
+        account.check()
 
-    if settings.check_audio:
-        if not world.is_main:
-            barrier()
-        clips = {name: check_clips(some, drops, settings.check_cache_path) for name, some in clips.items()}
-        if world.is_main:
-            barrier()
-    drops.check(bad_records if world.is_main else None)
+    windowed = [] if windows is None else windows.whole_clips()
     for name, some in clips.items():
         if not some:
             raise ValueError(f"--{name}_samples_path: {files[name]} has no usable clip left; {drops.summary()}")
         if name != "train":
-            refuse_leaks(clips["train"], some, name, settings.check_leak_content)
+            refuse_leaks([*clips["train"], *windowed], some, name, settings.check_leak_content)
 
     seen = {term for clip in clips["train"] for term in clip.terms}
     if windows is not None:
-        seen |= {term for found in windows.occurrences for term, _, _ in found}
-        if settings.window_words_as_terms:
-            seen |= {word for prompt in windows.prompts for word in prompt.words}
+        seen |= set(windows.possible_terms())
     measured = [*clips["test"], *clips.get("dev", [])]
     labels = dict.fromkeys(term for clip in measured for term in clip.terms)
     if glossary is None:

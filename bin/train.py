@@ -76,22 +76,23 @@ def train(config: Config) -> int:
     # ------------------------------------------------------------------------------------------- run directory
     run_dir = choose_run_dir(config.run, world)
     lock = RunLock(run_dir)
+    stop, state, is_ours = StopRequest(), RunState(), False
     configure_logging(world.rank, run_dir / f"train_{time.strftime('%Y%m%d_%H%M%S')}.log")
-    store = CheckpointStore(run_dir / "checkpoints", config.distributed.keep_checkpoints)
-    store.prepare()
-    checkpoint = store.latest_good()
-    if checkpoint is not None and config.run.resume == "never":
-        raise ValueError(
-            f"run_name: {run_dir} already holds checkpoints; go on with --resume auto, or take another --run_name"
-        )
-    if world.is_main:
-        remove_strays(run_dir)
-        write_file_atomically(run_dir / "config.toml", tomli_w.dumps(to_toml(config)).encode())
-        write_file_atomically(run_dir / "env.json", json_bytes(environment(str(world.device))))
-        write_status(run_dir, "starting", 0, 0)
-    stop = StopRequest()
-    state = RunState()
     try:
+        store = CheckpointStore(run_dir / "checkpoints", config.distributed.keep_checkpoints)
+        store.prepare()
+        checkpoint = store.latest_good()
+        if checkpoint is not None and config.run.resume == "never":
+            raise ValueError(
+                f"run_name: {run_dir} already holds checkpoints; go on with --resume auto, or take another --run_name"
+            )
+        is_ours = world.is_main  # from here on, whatever happens is told in status.json
+        if world.is_main:
+            remove_strays(run_dir)
+            write_file_atomically(run_dir / "config.toml", tomli_w.dumps(to_toml(config)).encode())
+            write_file_atomically(run_dir / "env.json", json_bytes(environment(str(world.device))))
+            write_status(run_dir, "starting", 0, 0)
+
         # ------------------------------------------------------------------------------------------------ data
         data = load_datasets(config.data, world, run_dir / "bad_records.jsonl")
 
@@ -249,7 +250,7 @@ def train(config: Config) -> int:
                         numbers = {f"train/{'loss' if k == 'loss' else 'loss_' + k}": v for k, v in totals.items()} | {
                             "train/lr": lr,
                             "train/grad_norm": float(norm),
-                            "train/temperature": 1.0 / float(temperature()),
+                            "train/temperature": 1.0 / float(temperature().detach()),
                             "train/skipped_steps": float(guard.num_skipped),
                             **interval.numbers(),
                         }
@@ -293,8 +294,8 @@ def train(config: Config) -> int:
                     else:
                         state.stale_evaluations += 1
                     logger.info(
-                        "epoch %d: Recall@1/5/10 %.3f/%.3f/%.3f%s",
-                        state.epoch, result.recall(1), result.recall(5), recall,
+                        "epoch %.4g: Recall@1/5/10 %.3f/%.3f/%.3f%s",
+                        state.step / steps_per_epoch, result.recall(1), result.recall(5), recall,
                         "  best so far" if is_best else f"  (best {state.best_recall:.3f} at step {state.best_step})",
                     )  # fmt: skip
                     if cfg.patience and state.stale_evaluations >= cfg.patience:
@@ -321,13 +322,14 @@ def train(config: Config) -> int:
             metrics.close()
         return 0
     except BaseException as error:
-        if world.is_main:
+        if is_ours:
+            logger.error("failed at step %d: %s: %s", state.step, type(error).__name__, error)
             write_status(run_dir, "failed", state.step, state.epoch, f"{type(error).__name__}: {error}"[:2000])
         raise
     finally:
-        stop.restore()
         lock.release()
         processes.stop()
+        stop.restore()
 
 
 def main() -> int:

@@ -51,6 +51,15 @@ class DropLog:
         """Something within a record was left out or changed; the record stays."""
         self._record(self.notes, reason, source, detail)
 
+    def absorb(self, other: DropLog) -> None:
+        """Take over another account: its counts and its list."""
+        self.seen(other.num_seen)
+        with self._lock:
+            self.counts.update(other.counts)
+            self.notes.update(other.notes)
+            self._known |= other._known
+            self._lines.extend(other.lines()[: MAX_LISTED - len(self._lines)])
+
     def _record(self, counter: Counter[str], reason: str, source: str, detail: str) -> None:
         kind = "drop" if counter is self.counts else "note"
         with self._lock:

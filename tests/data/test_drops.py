@@ -58,3 +58,16 @@ def test_an_unwritable_list_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     DropLog().write(tmp_path / "file" / "bad.jsonl")
     assert "could not be written" in caplog.text
+
+
+def test_an_absorbed_account_keeps_its_counts_its_list_and_its_limit(tmp_path):
+    test_file, pooled = DropLog(0.02), DropLog(0.02)
+    test_file.seen(2)
+    test_file.add("missing", "test.json:0", "a.wav")
+    pooled.seen(1000)
+    pooled.absorb(test_file)
+    pooled.add("missing", "test.json:0", "a.wav")  # the same drop again
+    assert (pooled.num_seen, pooled.num_dropped, len(pooled.lines())) == (1002, 1, 1)
+    pooled.check()  # one bad record in a thousand passes ...
+    with pytest.raises(ValueError, match=r"test\.json:0"):
+        test_file.check()  # ... which is why each file has an account of its own

@@ -1,0 +1,39 @@
+"""Fixtures of the programs' tests; see tones.py."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.bin.tones import AUDIO, TERMS, TEXT, write_samples
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.json (24 clips), test.json (10), glossary.json, audio.json and text.json (architectures)."""
+    folder = tmp_path_factory.mktemp("tones")
+    write_samples(folder, "train", 24, seed=1)
+    write_samples(folder, "test", 10, seed=2)
+    (folder / "glossary.json").write_text(json.dumps([*TERMS, "parking lot", "hash key"]))
+    (folder / "audio.json").write_text(json.dumps(AUDIO))
+    (folder / "text.json").write_text(json.dumps(TEXT))
+    return folder
+
+
+@pytest.fixture
+def flags(tones: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Flags of a short run on the tones; further ones are appended, and win."""
+
+    def build(*more: str) -> list[str]:
+        return [
+            *("--train_samples_path", str(tones / "train.json"), "--test_samples_path", str(tones / "test.json")),
+            *("--glossary_path", str(tones / "glossary.json"), "--check_cache_path", str(tmp_path / "checks.jsonl")),
+            *("--audio_model", str(tones / "audio.json"), "--text_model", str(tones / "text.json")),
+            *("--trainable", "full", "--proj_dim", "16", "--batch_size", "8", "--lr", "3e-3", "--epochs", "2"),
+            *("--runs_dir", str(tmp_path / "runs"), "--run_name", "run", "--device", "cpu", "--no-tensorboard"),
+            *("--log_every", "1", "--show_examples", "2", "--num_workers", "1", "--tower_dropout", "0.1"),
+            *more,
+        ]
+
+    return build
