@@ -102,8 +102,7 @@ def train(config: Config) -> int:
         built = build_model(config.model, world.device)
         model, tokenizer = built.model, built.tokenizer
         if config.model.trainable == "lora":
-            adapted = inject_lora(model, config.lora)
-            logger.info("adapters on %d layers: %s ... %s", len(adapted), adapted[0], adapted[-1])
+            logger.info("adapters on %d layers", len(inject_lora(model, config.lora)))
         temperature = Temperature(config.losses.temperature, config.losses.learn_temperature).to(world.device)
         named = [(n, p) for n, p in [*model.named_parameters(), *temperature.named_parameters()] if p.requires_grad]
         params = [param for _, param in named]
