@@ -78,7 +78,7 @@ class TrainSettings:
     save_every_steps: int = 0
     """Further checkpoints every so many steps, in the middle of epochs too; 0 = none."""
     log_every: int = 10
-    """Steps between log lines; the GPU is read out only then."""
+    """Steps between log lines."""
     seed: int = 0
     """Of weights, order, windows, augmentation and dropout. Same seed, machine and world size: the same bits."""
 
