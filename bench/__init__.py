@@ -1,0 +1,1 @@
+"""Measurements: each program sets what it measures beside a reference, in one run."""
