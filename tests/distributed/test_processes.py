@@ -1,0 +1,44 @@
+"""Starting without torchrun, and environments that cannot be right. What needs other ranks: checks_processes.py."""
+
+import pytest
+import torch
+
+from distributed import processes
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for name in processes.TORCHRUN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_environment_is_one_process():
+    world = processes.start("cpu")
+    assert (world.rank, world.world_size, world.backend, world.is_main) == (0, 1, "none", True)
+    assert world.device == torch.device("cpu")
+    processes.stop()
+
+
+def test_torchrun_with_one_process_needs_no_store(monkeypatch):
+    for name, value in zip(processes.TORCHRUN_VARIABLES, ("0", "1", "0", "nowhere.invalid", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert processes.start("cpu").world_size == 1
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"):
+        processes.start("cpu")
+    for name, value in zip(processes.TORCHRUN_VARIABLES, ("4", "4", "0", "localhost", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="RANK is 4; allowed: 0 to WORLD_SIZE - 1 = 3"):
+        processes.start("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 'many'"):
+        processes.start("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_asked_for_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="shows 0 GPUs"):
+        processes.start("cuda")
