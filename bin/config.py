@@ -51,6 +51,8 @@ class TrainSettings:
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["plateau", "cosine", "constant"] = "plateau"
     """After the warm-up: cut when Recall@10 stalls, decay to zero along a cosine over all epochs, or stay."""
+    pretrained_lr_scale: float = 1.0
+    """With trainable=full, towers that start from a checkpoint learn at this multiple of the rate."""
     warmup_fraction: float = 0.05
     """Share of all steps over which the learning rate rises linearly from 0."""
     plateau_factor: float = 0.5
@@ -105,7 +107,7 @@ class TrainSettings:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 0 or more")
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "pretrained_lr_scale", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: a finite number above 0")
         if not 0 <= self.warmup_fraction < 1:

@@ -29,6 +29,7 @@ from bin.checks import check_rooms_agree, describe_plan
 from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
 from bin.evaluation import Evaluator, embed_bank
+from bin.optimizer import parameter_groups
 from bin.rundir import (
     Resumable,
     RunState,
@@ -136,14 +137,8 @@ def train(config: Config) -> int:
                 f"batch_size: got {cfg.batch_size}, but an epoch has only {loader.num_items} clips; lower it"
             )
         total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-                {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=cfg.lr,
-            betas=(0.9, cfg.adam_beta2),
-        )
+        groups = parameter_groups(named, built.sources, cfg.weight_decay, cfg.pretrained_lr_scale)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2))
         # ReduceLROnPlateau drives a factor (1, then cut and cut again) that multiplies the warm-up below.
         factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -211,7 +206,7 @@ def train(config: Config) -> int:
                         bank = embed_bank(model, tokenizer, bank_glossary, cfg.eval_batch_size, world)
                     lr = learning_rate(state.step)
                     for group in optimizer.param_groups:
-                        group["lr"] = lr
+                        group["lr"] = lr * group["lr_scale"]
                     optimizer.zero_grad(set_to_none=True)
                     shares: dict[str, torch.Tensor] = {}
                     for _ in range(cfg.grad_accum_steps):
