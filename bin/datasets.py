@@ -93,7 +93,7 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
         logger.info("%s: %d clips (%d without a term) from %s", name, len(some), num_no_term, files[name])
     if drops.counts or drops.notes:
         logger.info("%s", drops.summary())
-    if "dev" not in clips:
+    if "dev" not in clips and world.is_main:
         logger.warning(
             "no --dev_samples_path: the test set also steers learning rate and stopping, so its figures are optimistic"
         )

@@ -45,7 +45,14 @@ def configure_logging(rank: int, log_path: Path | None) -> None:
         root.addHandler(handler)
         return
     if console.is_terminal:
-        shown: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+        shown: logging.Handler = RichHandler(
+            console=console,
+            show_path=False,
+            show_level=False,
+            markup=False,
+            log_time_format="%H:%M:%S",
+            omit_repeated_times=False,
+        )
         shown.setFormatter(logging.Formatter("%(message)s"))
         shown.addFilter(lambda record: bool(_mark(record)))
     else:
