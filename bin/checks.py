@@ -12,6 +12,7 @@ from bin.datasets import load_datasets
 from data.loader import Loader
 from distributed.processes import World
 from lora.inject import inject_lora
+from model.attention import resolve_backend
 from model.build import build_model
 from model.dual import DualEncoder
 
@@ -32,6 +33,7 @@ def describe_plan(config: Config, world: World) -> None:
     built = build_model(config.model, world.device)
     num_adapted = len(inject_lora(built.model, config.lora)) if config.model.trainable == "lora" else 0
     check_rooms_agree(built.model)
+    resolve_backend(config.model.attention, world.device, built.model.compute_dtype)
     loader = Loader(
         found.train,
         config.train.batch_size // config.train.grad_accum_steps,
@@ -61,4 +63,4 @@ def describe_plan(config: Config, world: World) -> None:
     if world.is_main:
         for name, value in rows.items():
             logger.info("%-15s %s", name, value)
-        logger.info("dry run: all of this is in order; nothing was written")
+        logger.info("dry run: all of this is in order; no run directory was made")

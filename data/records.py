@@ -23,7 +23,7 @@ def find_file(path: str, data_root: str, flag: str) -> Path:
             return candidate
         if candidate.is_dir():
             raise ValueError(f"{flag} is {path!r}, a folder; it must name a file")
-    looked = ", ".join(str(candidate.absolute()) for candidate in tried)
+    looked = ", ".join(dict.fromkeys(str(candidate.absolute()) for candidate in tried))
     raise ValueError(
         f"{flag} is {path!r}, and no such file was found (looked for {looked}). "
         f"Set {flag} to the file, or --data_root to the folder that it is under"

@@ -17,7 +17,7 @@ class DataSettings:
     test_samples_path: str = "data/samples/xl/term_level_chunks_500000_1000000.json"
     """Test samples; without dev_samples_path they also steer the learning rate and early stopping."""
     dev_samples_path: str | None = None
-    """Samples that steer the learning rate, early stopping and thresholds; the test is then read once, at the end."""
+    """Samples that steer learning rate and early stopping; the test is then measured only before and after."""
     glossary_path: str | None = None
     """Glossary (JSON, JSON Lines, CSV, TSV or TXT) whose terms are hard negatives and name aliases."""
     data_root: str = "."
