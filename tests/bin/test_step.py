@@ -12,7 +12,7 @@ from data.glossary import Entry, Glossary
 from distributed.atomic import read_tensors
 from distributed.processes import World
 from losses.settings import LossSettings
-from tests.bin.ranks_step import CLIPS, SETTINGS, SPREADS, WIDTH, bank_of, batch_of, build, head_outputs
+from tests.bin.ranks_step import SPREADS, WIDTH, bank_of, batch_of, build, head_outputs
 from tests.distributed.launching import launch
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "none", 0)
