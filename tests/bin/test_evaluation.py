@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,18 @@ def test_recall_is_that_of_a_plain_ranking(whole: Path) -> None:
     assert {name for (_, name) in ranks} & {*RANKED[:3]}, "both subsets are measured"
     assert {"seen", "unseen"} <= result.subsets.keys()
     assert result.num_terms == len(RANKED)
+
+
+def test_ignored_terms_are_not_ranked_and_make_no_clip_a_term_clip(whole: Path) -> None:
+    built = small_model(whole)
+    measure = evaluator(whole, 4, ALONE)
+    others = [
+        replace(clip, ignored=tuple(term for term in RANKED if term not in clip.terms)[: 8 if clip.terms else 1])
+        for clip in measure.clips
+    ]
+    result = replace(measure, clips=others)(built.model, built.tokenizer)
+    assert result.recall(1) == 1.0 > measure(built.model, built.tokenizer).recall(1)
+    assert result.num_no_term_clips == 2
 
 
 def test_a_warning_says_how_many_could_not_be_read(
