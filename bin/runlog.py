@@ -19,9 +19,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from data.clips import Clip
 from distributed.atomic import write_file_atomically
@@ -53,12 +53,11 @@ def configure_logging(rank: int, log_path: Path | None) -> None:
             log_time_format="%H:%M:%S",
             omit_repeated_times=False,
         )
-        shown.setFormatter(logging.Formatter("%(message)s"))
-        shown.addFilter(lambda record: bool(_mark(record)))
+        shown.setFormatter(logging.Formatter("%(mark)s%(message)s"))
     else:
         shown = logging.StreamHandler(sys.stdout)
-        shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        shown.addFilter(lambda record: bool(_mark(record)))
+        shown.setFormatter(logging.Formatter("%(asctime)s %(mark)s%(message)s", "%H:%M:%S"))
+    shown.addFilter(_mark)
     root.addHandler(shown)
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +66,10 @@ def configure_logging(rank: int, log_path: Path | None) -> None:
         root.addHandler(to_file)
 
 
-def _mark(record: logging.LogRecord) -> logging.LogRecord:
-    """Say WARNING or ERROR in front of the message on the console, where levels are not shown."""
-    if record.levelno >= logging.WARNING and not getattr(record, "marked", False):
-        record.msg, record.marked = f"{record.levelname}: {record.msg}", True
-    return record
+def _mark(record: logging.LogRecord) -> bool:
+    """Lets the console, where levels are not shown, say WARNING or ERROR in front of the message."""
+    record.mark = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+    return True
 
 
 class MetricsWriter:
@@ -85,7 +83,7 @@ class MetricsWriter:
         settings: dict[str, Any] | None = None,
         resumed_step: int = 0,
     ) -> None:
-        """resumed_step: what an earlier attempt wrote beyond this step will be done again, and is taken out."""
+        """resumed_step: what an earlier attempt wrote beyond this step will be done again, and is taken out. 0: all."""
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             lines = [
@@ -97,7 +95,7 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tb"), purge_step=resumed_step + 1 if resumed_step else None)
+            self._board = SummaryWriter(str(run_dir / "tb"), purge_step=resumed_step + 1 if resumed_step else 0)
         if wandb_project:
             try:
                 import wandb
@@ -158,7 +156,7 @@ class Interval:
 def _is_kept(line: str, resumed_step: int) -> bool:
     """Whether a line is whole (a killed process may leave half of one) and not beyond the step."""
     try:
-        return bool(json.loads(line)["step"] <= resumed_step)
+        return resumed_step > 0 and bool(json.loads(line)["step"] <= resumed_step)
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -189,14 +187,16 @@ def show_recall(before: EvalResult | None, after: EvalResult, run_dir: Path) -> 
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for name, place in {
-        "model": run_dir / "model_best",
-        "one file": run_dir / "model_best.pt",
-        "log": max(run_dir.glob("train_*.log"), default=run_dir),
-        "metrics": run_dir / "metrics.jsonl",
-        "TensorBoard": f"tensorboard --logdir {run_dir / 'tb'}",
-    }.items():
-        console.print(f"{name:12s}{escape(str(place))}")
+    places = {
+        "model": str(run_dir / "model_best"),
+        "one file": str(run_dir / "model_best.pt"),
+        "log": str(max(run_dir.glob("train_*.log"), default=run_dir)),
+        "metrics": str(run_dir / "metrics.jsonl"),
+    }
+    if (run_dir / "tb").is_dir():
+        places["TensorBoard"] = f"tensorboard --logdir {run_dir / 'tb'}"
+    for name, place in places.items():
+        console.print(f"{name:12s}{place}", markup=False)
 
 
 def show_examples(examples: list[tuple[Clip, list[str]]]) -> None:
@@ -205,8 +205,9 @@ def show_examples(examples: list[tuple[Clip, list[str]]]) -> None:
     for name in ("said", "terms in it", "top terms"):
         table.add_column(name, overflow="fold")
     for clip, found in examples:
-        marked = [f"[bold]{escape(term)}*[/bold]" if term in clip.terms else escape(term) for term in found]
-        table.add_row(escape(clip.text), escape(", ".join(clip.terms) or "(none)"), ", ".join(marked))
+        # Text, not markup: terms may hold brackets and backslashes.
+        marked = [Text(f"{term}*", "bold") if term in clip.terms else Text(term) for term in found]
+        table.add_row(Text(clip.text), Text(", ".join(clip.terms) or "(none)"), Text(", ").join(marked))
     console.print(table)
 
 
