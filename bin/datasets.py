@@ -84,8 +84,9 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
     if glossary is None:
         terms = sorted({term for clip in clips["train"] for term in clip.terms} | set(labels))
     else:
-        absent = [term for term in labels if term not in set(glossary.terms)]
-        if absent:
+        known = set(glossary.terms)
+        absent = [term for term in labels if term not in known]
+        if absent and world.is_main:
             logger.warning("%d labels are not in the glossary and join it for evaluation: %s", len(absent), absent[:5])
         terms = [*glossary.terms, *absent]
     for name, some in clips.items():
