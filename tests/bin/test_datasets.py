@@ -92,16 +92,17 @@ def test_a_glossary_with_all_labels_gives_no_warning(
 
 def test_terms_that_a_window_may_hold_are_seen(settings: DataSettings, prompt_audio: Path, tmp_path: Path) -> None:
     few = write_samples(tmp_path, "few", 2, seed=9)
-    (tmp_path / "glossary.json").write_text(json.dumps([*TERMS, "operator", "hash key"]))
+    (tmp_path / "glossary.json").write_text(json.dumps([*TERMS[1:], "operator", "hash key"]))
     windowed = replace(
         settings,
         train_samples_path=str(few),
         glossary_path=str(tmp_path / "glossary.json"),
-        word_times_path=write_prompts(tmp_path, prompt_audio, "press the operator mailbox"),
+        word_times_path=write_prompts(tmp_path, prompt_audio, "press the operator mailbox voicemail"),
         window_fraction=1.0,
     )
     found = load_datasets(windowed, ALONE, None)
     assert found.windows is not None
+    assert found.windows.possible_terms() == {"operator", "mailbox", "voicemail"}, "of glossary and training clips"
     assert found.seen_terms == {*TERMS[:2], "operator", "mailbox"}
     spelled = load_datasets(replace(windowed, window_words_as_terms=True), ALONE, None)
     assert spelled.seen_terms == {*TERMS[:2], "operator", "mailbox", "press", "the"}
@@ -207,6 +208,16 @@ def test_missing_files_name_their_flag(settings: DataSettings) -> None:
     for field in ("train_samples_path", "test_samples_path", "dev_samples_path", "glossary_path"):
         with pytest.raises(ValueError, match=f"--{field} is 'nowhere.json'"):
             load_datasets(replace(settings, **{field: "nowhere.json"}), ALONE, None)
+
+
+def test_files_are_looked_for_under_the_data_root(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: DataSettings
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"train_samples_path": "train.json", "test_samples_path": "test.json", "glossary_path": "glossary.json"}
+    found = load_datasets(replace(settings, data_root=str(tones), **names), ALONE, None)
+    assert found.glossary is not None
+    assert (len(found.train), len(found.test), len(found.glossary.terms)) == (24, 10, 8)
 
 
 def test_a_file_that_loses_its_last_clip_is_named(settings: DataSettings, tmp_path: Path) -> None:
