@@ -44,8 +44,12 @@ def describe_plan(config: Config, world: World) -> None:
         world_size=world.world_size,
         windows=found.windows,
     )
-    batch = next(iter(loader.epoch(0)))
     steps = loader.steps_per_epoch // config.train.grad_accum_steps
+    if steps == 0:
+        raise ValueError(
+            f"batch_size: got {config.train.batch_size}, but an epoch has only {loader.num_items} clips; lower it"
+        )
+    batch = next(iter(loader.epoch(0)))
     params = list(built.model.parameters())
     trainable = sum(p.numel() for p in params if p.requires_grad)
     rows = {
