@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lora.adapter import KeyScheme, load_adapter, read_settings, save_adapter
-from lora.inject import inject_lora, lora_layers
+from lora.inject import inject_lora, lora_parameters
 from model.build import Built, build_model
 from model.settings import ModelSettings
 
@@ -83,7 +83,7 @@ def save_model(
         text = built.text_config.to_hf() | {"tokenizer": "bytes"}
         if built.sources["tokenizer"] != "bytes":
             text["tokenizer"] = TOKENIZER_FOLDER
-            _copy_tokenizer(built, folder / TOKENIZER_FOLDER)
+            _copy_tokenizer(built.sources["tokenizer"], settings, folder / TOKENIZER_FOLDER)
         _write_json(folder / AUDIO_FILE, built.audio_config.to_hf())
         _write_json(folder / TEXT_FILE, text)
     _write_json(folder / CONFIG_FILE, config)
@@ -141,7 +141,10 @@ def open_model(
     elif model_name is not None:
         settings = replace(settings, model_name=model_name)
     built = build_model(settings, device, compute_dtype)
-    built.sources.update({k: v for k, v in config["sources"].items() if k not in built.sources})
+    if settings.trainable == "full":  # built at random, to be filled: what counts is where training took it from
+        built.sources.update({part: name for part, name in config["sources"].items() if part != "tokenizer"})
+        if built.sources["tokenizer"] != "bytes":
+            built.sources["tokenizer"] = str((folder / TOKENIZER_FOLDER).absolute())
     if settings.trainable == "lora":
         inject_lora(built.model, read_settings(folder))
         built.model.eval()
@@ -173,12 +176,10 @@ def single_file_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by path, without adapters (they have their own file) and without what follows from the settings."""
-    adapted = {path for path, _ in lora_layers(model)}
+    """Parameters by path, as if there were no adapters (they have their own file)."""
+    adapters = {name for name, _ in lora_parameters(model)}
     return {
-        name: value
-        for name, value in model.named_parameters()
-        if not any(name.startswith(f"{path}.") for path in adapted)
+        name.replace(".base_layer.", "."): value for name, value in model.named_parameters() if name not in adapters
     }
 
 
@@ -204,12 +205,14 @@ def _fill(targets: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) ->
             target.copy_(tensors[name])
 
 
-def _copy_tokenizer(built: Built, folder: Path) -> None:
-    source = Path(built.sources["tokenizer"]).expanduser()
+def _copy_tokenizer(named: str, settings: ModelSettings, folder: Path) -> None:
+    source = Path(named).expanduser()
+    if settings.text_model is not None and settings.text_model.endswith(".json"):
+        source = Path(settings.text_model).expanduser().parent / source  # as an architecture file means it
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
-        source = Path(snapshot_download(built.sources["tokenizer"], allow_patterns=list(TOKENIZER_FILES)))
+        source = Path(snapshot_download(named, allow_patterns=list(TOKENIZER_FILES)))
     folder.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
