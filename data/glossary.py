@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,28 @@ def group_of(term: str, glossary: Glossary | None) -> int:
 
 def load_glossary(path: str | Path, drops: DropLog | None = None) -> Glossary:
     """Read a glossary. Unusable terms are noted in `drops`; raises ValueError for a file that is none of the above."""
-    path = Path(path)
-    drops = drops or DropLog()
+    return _collect(str(path), _rows(Path(path)), drops or DropLog())
+
+
+def glossary_of(terms: Iterable[str], drops: DropLog | None = None) -> Glossary:
+    """A glossary of bare terms. Unusable ones are noted in `drops`; raises ValueError when none is usable."""
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    for i, term in enumerate(terms):
+        if not isinstance(term, str):
+            raise ValueError(f"terms[{i}]: {term!r:.60} ({type(term).__name__}); allowed is a string")
+        rows.append((f"terms[{i}]", term, {}))
+    return _collect("terms", rows, drops or DropLog())
+
+
+def _collect(path: str, rows: Iterable[tuple[str, str, dict[str, Any]]], drops: DropLog) -> Glossary:
     entries: dict[str, Entry] = {}
-    for source, surface, row in _rows(path):
+    for source, surface, row in rows:
         _check_row(source, surface, row)
         term = str(row.get("term") or surface)
         key = normalise_term(surface)
         reason = unusable_reason(key)
         if reason:
-            drops.note(reason, source, repr(surface))
+            drops.note(reason, source, f"{surface!r:.80}")
             continue
         entry = entries.setdefault(key, Entry(key, surface, description=str(row.get("short_description") or "")))
         for language, words in _translations(row).items():
@@ -92,9 +104,10 @@ def load_glossary(path: str | Path, drops: DropLog | None = None) -> Glossary:
         names = [normalise_term(name) for name in (term, *row.get("aliases", []))]
         entry.aliases.extend(name for name in names if name and name != key and name not in entry.aliases)
     if not entries:
-        raise ValueError(f"{path}: the glossary holds no usable term")
+        why = f" ({drops.summary()})" if drops.notes else ""
+        raise ValueError(f"{path}: the glossary holds no usable term{why}; it needs one of 3 or more characters")
     logger.info("glossary %s: %d terms", path, len(entries))
-    return Glossary(str(path), list(entries.values()))
+    return Glossary(path, list(entries.values()))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -12,6 +12,7 @@ import re
 import unicodedata
 
 MIN_TERM_CHARS = 3
+MAX_TERM_CHARS = 300
 MAX_DIGIT_SHARE = 0.5
 
 
@@ -25,6 +26,8 @@ def unusable_reason(term: str) -> str | None:
     """Why a normalised term cannot be learned, as a short machine reason; None when it can."""
     if len(term) < MIN_TERM_CHARS:
         return "term_too_short"
+    if len(term) > MAX_TERM_CHARS:
+        return "term_too_long"
     if sum(char.isdigit() for char in term) > MAX_DIGIT_SHARE * len(term):
         return "term_mostly_digits"
     if not any(char.isalnum() for char in term):
@@ -33,7 +36,7 @@ def unusable_reason(term: str) -> str | None:
 
 
 def is_usable_term(term: str) -> bool:
-    """Whether a term has 3 characters or more, at most half of them digits, and any letter or digit at all."""
+    """Whether a term has 3 to 300 characters, at most half of them digits, and any letter or digit at all."""
     return unusable_reason(normalise_term(term)) is None
 
 

@@ -110,9 +110,11 @@ def save_adapter(
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: Path | str) -> None:
+def load_adapter(model: nn.Module, folder: Path | str, part: str = "") -> None:
     """Fills the adapters of `model`, already injected, from a folder written by `save_adapter` or by PEFT, of either
     scheme. All or nothing: the model changes only if every check passes.
+
+    part: only adapters whose path starts so, as in "audio_tower."; the file's others are left aside.
 
     Raises ValueError when rank, alpha, layers or shapes differ, a key is missing or unexpected, the file mixes
     schemes or is damaged, an adapter is merged, or the config asks for a variant of LoRA that is not implemented.
@@ -127,7 +129,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
     if any(layer.merged for _, layer in lora_layers(model)):
         raise ValueError("adapters are merged into the base weights; unmerge before loading others")
 
-    found, expected = _read_tensors(weights_path), dict(lora_parameters(model))
+    found = {name: value for name, value in _read_tensors(weights_path).items() if name.startswith(part)}
+    expected = dict(lora_parameters(model))
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(

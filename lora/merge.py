@@ -21,6 +21,17 @@ def merge(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def fold(model: nn.Module) -> None:
+    """In place and for good: every adapter gives way to a plain linear layer with its merged weight. For inference."""
+    for path, layer in list(lora_layers(model)):
+        weight = layer.base_layer.weight
+        if not layer.merged:
+            weight.copy_(_merged_weight(weight, layer.delta()))
+        parent_path, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent_path), name, layer.base_layer)
+
+
+@torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """In place: every base weight bit for bit as it was before `merge`."""
     for _, layer in lora_layers(model):

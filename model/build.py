@@ -14,7 +14,7 @@ from model.init import init_parameters
 from model.settings import ModelSettings
 from model.specaugment import SpecAugment
 from model.text_tower import TextConfig
-from model.tokenizer import ByteTokenizer, CheckpointTokenizer, Tokenizer
+from model.tokenizer import AbsentTokenizer, ByteTokenizer, CheckpointTokenizer, Tokenizer
 from model.weights import Source, load_parts, resolve_source
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,15 @@ class Built:
 
 
 def build_model(
-    settings: ModelSettings, device: torch.device | str = "cpu", compute_dtype: torch.dtype | None = None
+    settings: ModelSettings,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None,
+    absent_text: TextConfig | None = None,
 ) -> Built:
     """Build the towers and heads on `device`, in evaluation mode.
 
     compute_dtype: None takes bf16 on CUDA and fp32 elsewhere; float64 makes the whole model fp64.
+    absent_text: builds a model that only hears; nothing of the text tower, whose shape this is, is looked for or read.
     `lora`: towers frozen, heads train. `full`: everything trains but the audio tower's positions, which Whisper keeps
     fixed. A projector that no checkpoint gives is random and trains. Raises ValueError for settings or weights that do
     not fit.
@@ -48,10 +52,14 @@ def build_model(
     device = torch.device(device)
     base_dtype, compute_dtype = _choose_dtypes(settings, device, compute_dtype)
     head_dtype = torch.promote_types(compute_dtype, torch.float32)
-    audio_source, text_source = _resolve_sources(settings)
+    audio_source, text_source = _resolve_sources(settings, with_text=absent_text is None)
     audio_config = AudioConfig.from_hf(audio_source.config, use_defaults=audio_source.folder is not None)
-    text_config = TextConfig.from_hf(text_source.config, use_defaults=text_source.folder is not None)
-    tokenizer, tokenizer_name = _load_tokenizer(text_source, text_config)
+    tokenizer: Tokenizer = AbsentTokenizer()
+    text_config, tokenizer_name = absent_text, "absent"
+    if text_source is not None:
+        text_config = TextConfig.from_hf(text_source.config, use_defaults=text_source.folder is not None)
+        tokenizer, tokenizer_name = _load_tokenizer(text_source, text_config)
+    assert text_config is not None
     with torch.device("meta"):
         model = DualEncoder(
             audio_config,
@@ -64,13 +72,15 @@ def build_model(
             compute_dtype=compute_dtype,
             augment_mel=_spec_augment(settings),
         )
+    if text_source is None:
+        model.remove_text_side()
 
     # Which checkpoint fills which part. The projector joins two towers of one training: it is only taken with both.
-    wanted: dict[str, tuple[Source | None, int]] = {
-        "audio_tower": (audio_source, audio_config.num_layers),
-        "language_model": (text_source, text_config.num_layers),
-    }
+    wanted: dict[str, tuple[Source | None, int]] = {"audio_tower": (audio_source, audio_config.num_layers)}
+    if text_source is not None:
+        wanted["language_model"] = (text_source, text_config.num_layers)
     if model.multi_modal_projector is not None:
+        assert text_source is not None, "removing the text side is refused with a projector"
         is_joint = audio_source.model_type == "qwen2_audio" and audio_source.folder == text_source.folder
         wanted["multi_modal_projector"] = (audio_source if is_joint else None, 1)
     loaded: dict[Path, tuple[Source, dict[str, nn.Module]]] = {}
@@ -88,7 +98,7 @@ def build_model(
                 logger.warning("%s has random weights and is frozen (trainable=lora): use trainable=full", part)
     for source, parts in loaded.values():
         load_parts(source, parts, device, base_dtype)
-    for head in (model.audio_head, model.text_head):
+    for head in [model.audio_head] + ([model.text_head] if text_source is not None else []):
         init_parameters(head, 1, device, head_dtype)
     sources["heads"], sources["tokenizer"] = "random", tokenizer_name
 
@@ -116,22 +126,23 @@ def _choose_dtypes(
     return torch.bfloat16, compute_dtype
 
 
-def _resolve_sources(settings: ModelSettings) -> tuple[Source, Source]:
+def _resolve_sources(settings: ModelSettings, with_text: bool) -> tuple[Source, Source | None]:
     """The audio and the text tower's source: the same object when one checkpoint gives both."""
-    base = None
-    if settings.audio_model is None or settings.text_model is None:
-        base = resolve_source("model_name", settings.model_name)
-    audio = resolve_source("audio_model", settings.audio_model) if settings.audio_model is not None else base
-    text = resolve_source("text_model", settings.text_model) if settings.text_model is not None else base
-    audio, text = cast(Source, audio), cast(Source, text)
-    for field, source, allowed in (("audio_model", audio, _AUDIO_TYPES), ("text_model", text, _TEXT_TYPES)):
+    base: Source | None = None
+    found: list[Source] = []
+    for field, allowed in (("audio_model", _AUDIO_TYPES), ("text_model", _TEXT_TYPES))[: 2 if with_text else 1]:
+        name = getattr(settings, field)
+        if name is None and base is None:
+            base = resolve_source("model_name", settings.model_name)
+        source = resolve_source(field, name) if name is not None else cast(Source, base)
+        found.append(source)
         if source.model_type not in allowed:
-            given = "model_name" if source is base else field
+            given = "model_name" if name is None else field
             raise ValueError(
                 f"{given}: {source.name!r} is a {source.model_type} model, which has no {field.removesuffix('_model')} "
                 f"tower; give {field} a checkpoint of type {', '.join(allowed)}"
             )
-    return audio, text
+    return found[0], found[1] if with_text else None
 
 
 def _load_tokenizer(source: Source, config: TextConfig) -> tuple[Tokenizer, str]:

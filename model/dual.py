@@ -73,10 +73,19 @@ class DualEncoder(nn.Module):
     def device(self) -> torch.device:
         return self.audio_head.weight.device
 
-    def encode_audio(self, pack: AudioPack) -> Tensor:
-        """Return audio_BE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long clip."""
+    def remove_text_side(self) -> None:
+        """Give up the language model and its head, for a model that only hears: `encode_text` then raises."""
+        if self.multi_modal_projector is not None:
+            raise ValueError("audio_readout: 'lm' sends audio through the language model, so it cannot be left out")
+        del self.language_model, self.text_head
+
+    def encode_audio(self, pack: AudioPack, layout: AudioLayout | None = None) -> Tensor:
+        """Return audio_BE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long clip.
+
+        `layout` may be given where the caller has it: then nothing here works on the host.
+        """
         pack = pack.to(self.device, non_blocking=True)
-        layout = self.audio_tower.layout(pack.num_samples, self.device)
+        layout = layout or self.audio_tower.layout(pack.num_samples, self.device)
         with self._autocast():
             x_QD = self.audio_tower(self._mel(pack, layout), layout)
             if self.multi_modal_projector is not None:
@@ -86,6 +95,8 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, pack: TextPack) -> Tensor:
         """Return text_NE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long string."""
+        if "language_model" not in self._modules:
+            raise ValueError("encode_text: this model was opened audio-only; open it whole to encode terms")
         pack = pack.to(self.device, non_blocking=True)
         layout = SequenceLayout.build(pack.lengths, self.device)
         with self._autocast():
@@ -104,7 +115,7 @@ class DualEncoder(nn.Module):
             return F.normalize(head(layout.mean(x_PD).to(head.weight.dtype)), dim=-1)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        weight = self.language_model.norm.weight
+        weight = self.audio_tower.layer_norm.weight  # both towers are stored alike
         if self.compute_dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32:
             return torch.autocast(weight.device.type, dtype=self.compute_dtype)
         return nullcontext()

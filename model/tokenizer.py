@@ -22,6 +22,15 @@ class ByteTokenizer:
         return _check_not_empty(texts, [[byte + 1 for byte in text.encode("utf-8")] for text in texts])
 
 
+class AbsentTokenizer:
+    """Stands where a model was opened without its text side; calling it raises ValueError."""
+
+    vocab_size = 0
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        raise ValueError("tokenizer: this model was opened audio-only; open it whole to encode terms")
+
+
 class CheckpointTokenizer:
     """The fast tokenizer in a checkpoint's folder, without special tokens or chat template."""
 

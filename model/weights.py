@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -107,7 +107,7 @@ def load_parts(source: Source, parts: Mapping[str, nn.Module], device: torch.dev
     Host memory holds one tensor at a time. One ValueError names all missing, unexpected and mis-shaped keys.
     """
     assert source.folder is not None, "an architecture file has no weights"
-    files = _list_files(source.folder)
+    files = _list_files(source, set(parts))
     targets = {f"{part}.{path}": p for part, module in parts.items() for path, p in module.named_parameters()}
     found: dict[str, tuple[Path, str]] = {}
     unexpected, misshaped = [], []
@@ -160,12 +160,17 @@ def _map_key(model_type: str, key: str) -> tuple[str | None, str]:
     return "", key
 
 
-def _list_files(folder: Path) -> list[Path]:
-    """The shards that model.safetensors.index.json lists, or model.safetensors."""
+def _list_files(source: Source, parts: set[str]) -> list[Path]:
+    """model.safetensors, or those shards that model.safetensors.index.json lists with a key of one of `parts`.
+
+    Shards of other parts alone are not opened and may be absent; a key that is no part's at all is kept to be told of.
+    """
+    folder = cast(Path, source.folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({listed[key] for key in listed if _map_key(source.model_type, key)[0] in {"", *parts}})
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from error
         absent = [name for name in names if not (folder / name).is_file()]

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from retrieval.metrics import KS, SUBSETS, ClipRanks, EvalResult, Judgements, rank_positives, summarise
+from retrieval.topk import best_rows
 
 EncodeRows = Callable[[int, int], torch.Tensor]
 """(start, stop) -> embeddings [stop - start, E] of these items."""
@@ -111,24 +112,13 @@ def top_terms(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The best k terms of each clip (all terms when there are fewer), in the order that `retrieval.metrics` ranks by.
 
-    torch.topk alone picks any of equal scores, so all terms that reach the k-th score are taken and sorted here.
-
     Args:
         order_N: `Judgements.order_N`, what breaks ties.
 
     Returns:
         Scores (cosine) and places in the glossary, each [C, K], best first.
     """
-    if k < 1:
-        raise ValueError(f"k: {k}; allowed: at least 1")
-    k = min(k, len(term_NE))
-    scores_CN = audio_CE.float() @ term_NE.float().T
-    least_C = scores_CN.topk(k, dim=1).values[:, -1]
-    scores, places = scores_CN.cpu().numpy(), np.empty((len(scores_CN), k), dtype=np.int64)
-    for clip, least in enumerate(least_C.cpu().numpy()):
-        reached = np.flatnonzero(scores[clip] >= least)
-        places[clip] = reached[np.lexsort((order_N[reached], -scores[clip, reached]))[:k]]
-    return np.take_along_axis(scores, places, axis=1), places
+    return best_rows(audio_CE.float(), term_NE.float(), k, order_N)
 
 
 def recall_table(before: EvalResult, after: EvalResult, ks: Sequence[int] = KS) -> tuple[list[str], list[list[str]]]:

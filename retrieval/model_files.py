@@ -1,14 +1,19 @@
 """A trained model as a folder: written, read back into a model in training, or opened on its own.
 
-    retriever_config.json       what it is: settings, sources, temperature, what was measured
+    retriever_config.json       what it is: settings, sources, fingerprint, what was measured
     heads.safetensors           both heads, the temperature, and a projector that training made
     trainable=lora              adapter_model.safetensors + adapter_config.json (PEFT's format); needs the base model
     trainable=full              model.safetensors (both towers) + audio_tower.json + text_tower.json [+ tokenizer/];
                                 needs nothing else
 
-Every read is strict: missing, unexpected or mis-shaped tensors are errors that name them.
+Every read is strict: missing, unexpected or mis-shaped tensors are errors that name them. Opened audio-only, a folder
+needs nothing of the text side: no tensor of the language model is read, in the folder or in the base model.
+
+The fingerprint is the SHA-256 of all trained tensors and of what they are added to; it names the embedding space, so an
+index tells whose it is. It is written when a model is saved and stays with every other form of that model.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -17,19 +22,21 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora.adapter import KeyScheme, load_adapter, read_settings, save_adapter
-from lora.inject import inject_lora, lora_parameters
+from lora.inject import inject_lora, lora_layers, lora_parameters
 from model.build import Built, build_model
 from model.settings import ModelSettings
+from model.text_tower import TextConfig
 
 FORMAT = "earmark-retriever-1"
 CONFIG_FILE, HEADS_FILE, TOWERS_FILE = "retriever_config.json", "heads.safetensors", "model.safetensors"
 AUDIO_FILE, TEXT_FILE, TOKENIZER_FOLDER = "audio_tower.json", "text_tower.json", "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 NUM_SHOWN = 8
+TEXT_SIDE = ("text_head.", "language_model.")
 
 
 @dataclass
@@ -39,6 +46,7 @@ class OpenedModel:
     built: Built
     temperature: float
     config: dict[str, Any]
+    fingerprint: str
 
 
 def save_model(
@@ -69,6 +77,7 @@ def save_model(
         "text_config": asdict(built.text_config),
         "info": info,
     }
+    config["fingerprint"] = _fingerprint(built, log_inv_temperature, config)
     if settings.trainable == "lora":
         both_replaced = settings.audio_model is not None and settings.text_model is not None
         base = settings.audio_model if both_replaced and settings.audio_model else settings.model_name
@@ -89,8 +98,10 @@ def save_model(
     _write_json(folder / CONFIG_FILE, config)
 
 
-def load_trained(folder: Path, built: Built, settings: ModelSettings) -> Tensor:
+def load_trained(folder: Path, built: Built, settings: ModelSettings, audio_only: bool = False) -> Tensor:
     """Fill a model that was built with the same settings (adapters injected) with what `save_model` wrote.
+
+    audio_only: the model has no text side, and what the folder holds of it is left aside.
 
     Returns log_inv_temperature. Raises ValueError when the folder holds a model of other settings.
     """
@@ -104,16 +115,18 @@ def load_trained(folder: Path, built: Built, settings: ModelSettings) -> Tensor:
         different = [f"{k} {v} (saved {saved.get(k)})" for k, v in shape.items() if v != saved.get(k)]
         if different:
             raise ValueError(f"{folder}: its {name.split('_')[0]} tower is another than the one built: {different}")
-    heads = _read_tensors(folder / HEADS_FILE)
+    skipped = TEXT_SIDE if audio_only else ()
+    heads = _read_tensors(folder / HEADS_FILE, skipped)
     log_inv_temperature = heads.pop("log_inv_temperature", None)
     if log_inv_temperature is None:
         raise ValueError(f"{folder / HEADS_FILE}: log_inv_temperature is missing")
     state = _trained_state(built.model)
     _fill({n: v for n, v in state.items() if _is_head(n, built)}, heads, folder / HEADS_FILE)
     if settings.trainable == "lora":
-        load_adapter(built.model, folder)
+        if any(True for _ in lora_layers(built.model)):
+            load_adapter(built.model, folder, "audio_tower." if audio_only else "")
     else:
-        towers = _read_tensors(folder / TOWERS_FILE)
+        towers = _read_tensors(folder / TOWERS_FILE, skipped)
         _fill({n: v for n, v in state.items() if not _is_head(n, built)}, towers, folder / TOWERS_FILE)
     return log_inv_temperature
 
@@ -123,10 +136,12 @@ def open_model(
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype | None = None,
     model_name: str | None = None,
+    audio_only: bool = False,
 ) -> OpenedModel:
     """Build the model of a folder and fill it, ready to encode.
 
     model_name: where the base model of an adapter lies now, if not where it lay in training.
+    audio_only: without the text side. Raises ValueError for a model whose audio passes through the language model.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -138,18 +153,27 @@ def open_model(
     )
     if settings.trainable == "full":
         settings = replace(settings, audio_model=str(folder / AUDIO_FILE), text_model=str(folder / TEXT_FILE))
+        if model_name is not None:
+            raise ValueError(f"model_name: got {model_name!r}, but {folder} is a full model, which needs no base model")
     elif model_name is not None:
         settings = replace(settings, model_name=model_name)
-    built = build_model(settings, device, compute_dtype)
+    built = build_model(settings, device, compute_dtype, TextConfig(**config["text_config"]) if audio_only else None)
     if settings.trainable == "full":  # built at random, to be filled: what counts is where training took it from
         built.sources.update({part: name for part, name in config["sources"].items() if part != "tokenizer"})
-        if built.sources["tokenizer"] != "bytes":
+        if built.sources["tokenizer"] not in ("bytes", "absent"):
             built.sources["tokenizer"] = str((folder / TOKENIZER_FOLDER).absolute())
     if settings.trainable == "lora":
-        inject_lora(built.model, read_settings(folder))
+        adapters = read_settings(folder)
+        targets = tuple(path for path in adapters.lora_targets if not (audio_only and path.startswith(TEXT_SIDE)))
+        if targets:
+            inject_lora(built.model, replace(adapters, lora_targets=targets))
         built.model.eval()
-    log_inv_temperature = load_trained(folder, built, settings)
-    return OpenedModel(built, float((-log_inv_temperature.double()).exp()), config)
+    log_inv_temperature = load_trained(folder, built, settings, audio_only)
+    fingerprint = config.get("fingerprint")
+    if fingerprint is None and audio_only:
+        raise ValueError(f"{folder / CONFIG_FILE}: no fingerprint; without the text side it cannot be made")
+    fingerprint = fingerprint or _fingerprint(built, log_inv_temperature, config)
+    return OpenedModel(built, float((-log_inv_temperature.double()).exp()), config, fingerprint)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -173,6 +197,20 @@ def single_file_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     settings = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
                 if path.name != "MANIFEST.json"}  # fmt: skip
     return tensors, settings
+
+
+def _fingerprint(built: Built, log_inv_temperature: Tensor, config: dict[str, Any]) -> str:
+    """SHA-256 over the trained tensors, and over what they are added to: the settings, and the towers' names if frozen."""
+    is_full = config["trainable"] == "full"
+    identity = {name: config[name] for name in ("trainable", "audio_readout", "audio_config", "text_config")}
+    frozen = {} if is_full else {part: config["sources"][part] for part in ("audio_tower", "language_model")}
+    digest = hashlib.sha256(json.dumps(identity | frozen, sort_keys=True).encode())
+    tensors = {n: p for n, p in _trained_state(built.model).items() if is_full or _is_head(n, built)}
+    tensors |= dict(lora_parameters(built.model)) | {"log_inv_temperature": log_inv_temperature}
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -229,9 +267,12 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, skipped: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """All tensors but those whose names start with one of `skipped`, of which nothing is read."""
     try:
-        return safetensors.torch.load(path.read_bytes())
+        with safe_open(str(path), framework="pt", device="cpu") as reader:
+            names = [name for name in reader.keys() if not name.startswith(skipped)]  # noqa: SIM118 - not a dict
+            return {name: reader.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; the folder holds no complete model") from None
     except SafetensorError as error:

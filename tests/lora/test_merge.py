@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from lora.adapter import load_adapter, save_adapter
 from lora.inject import inject_lora, lora_layers
-from lora.merge import merge, merged_state_dict, unmerge
+from lora.merge import fold, merge, merged_state_dict, unmerge
 from lora.settings import LoraSettings
 
 SETTINGS = LoraSettings(lora_r=3, lora_alpha=5)
@@ -92,3 +92,14 @@ def test_merged_adapters_refuse_to_train_or_load(adapted, x_BTD, tmp_path):
     with pytest.raises(ValueError, match="unmerge before"):
         load_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_folded_is_merged_without_a_trace(adapted, x_BTD):
+    model = adapted()
+    merged = merged_state_dict(model)
+    before = model(x_BTD.to(torch.float64))
+    fold(model)
+    assert not list(lora_layers(model))
+    assert model.state_dict().keys() == merged.keys()
+    assert all(torch.equal(value, merged[name]) for name, value in model.state_dict().items())
+    assert (model(x_BTD.to(torch.float64)) - before).abs().max() < 1e-14

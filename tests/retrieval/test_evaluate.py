@@ -101,7 +101,7 @@ def test_top_terms_equal_a_full_sort_and_break_ties_by_key() -> None:
     np.testing.assert_allclose(scores, [[1.0, 1.0], [0.96, 0.8]], rtol=1e-6)
     everything, _ = top_terms(audio_CE, term_NE, 99, order_N)
     assert everything.shape == (2, 5)
-    with pytest.raises(ValueError, match="k: 0; allowed: at least 1"):
+    with pytest.raises(ValueError, match="k: got 0; allowed: at least 1"):
         top_terms(audio_CE, term_NE, 0, order_N)
 
 
