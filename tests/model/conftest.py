@@ -26,6 +26,7 @@ from transformers.audio_utils import mel_filter_bank
 from transformers.models.qwen2 import modeling_qwen2
 
 from model.packing import AudioPack
+from tests.model.byte_bpe import write_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -103,21 +104,6 @@ def _write(folder: Path, config: dict, tensors: dict[str, Tensor]) -> Path:
     save_file({key: value.clone() for key, value in tensors.items()}, folder / "model.safetensors")
     write_tokenizer(folder)
     return folder
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 258 ids with nothing beside tokenizer.json and tokenizer_config.json."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: i for i, character in enumerate(alphabet)} | {"he": 256}
-    tokenizer = Tokenizer(models.BPE(vocab, [("h", "e")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def v4_key(key: str) -> str:

@@ -16,7 +16,7 @@ from model.settings import ModelSettings
 from retrieval.model_files import save_model
 from retrieval.retriever import Retriever
 from tests.bin.tones import AUDIO, TEXT
-from tests.model.conftest import write_tokenizer
+from tests.model.byte_bpe import write_tokenizer
 
 LOG_INV_TEMPERATURE = torch.tensor(2.5)
 
