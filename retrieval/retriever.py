@@ -15,7 +15,6 @@ Shapes: B clips, N terms, E embedding, S samples, P packed tokens, K results.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +28,12 @@ from data.glossary import Glossary, glossary_of, load_glossary
 from data.terms import MAX_TERM_CHARS, normalise_term
 from lora.merge import fold
 from model.packing import AudioPack, TextPack
+from retrieval.equal_clips import EqualClips
 from retrieval.index import Term, TermIndex
+from retrieval.matches import Hits, Match
 from retrieval.model_files import CONFIG_FILE, OpenedModel, open_model
 from retrieval.pcm import AudioLike, pack_waves, to_pcm
+from retrieval.stream import Stream, StreamSettings
 
 logger = logging.getLogger(__name__)
 
@@ -42,27 +44,6 @@ TOKENISED_AT_ONCE = 10_000
 MODELS_OF_A_RUN = ("model_best", "model_final")
 
 
-@dataclass(frozen=True)
-class Match:
-    """A term that was found. Times: seconds from the start of the clip or stream, None where the read-out has none."""
-
-    score: float
-    term: str
-    surface: str
-    translations: dict[str, list[str]]
-    start_s: float | None = None
-    end_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The best terms of one clip, best first; `spans_K2` are seconds from its start, where the read-out gives them."""
-
-    scores_K: NDArray[np.float32]
-    places_K: NDArray[np.int64]
-    spans_K2: NDArray[np.float64] | None = None
-
-
 class Retriever:
     """Encodes clips and terms, and searches the index in use. Not to be used by two threads at once."""
 
@@ -71,6 +52,7 @@ class Retriever:
         self.config, self.fingerprint = opened.config, opened.fingerprint
         self.device = self.model.device
         self.terms: TermIndex | None = None
+        self._equal_clips = EqualClips(self.model)
 
     @classmethod
     def load(
@@ -120,6 +102,8 @@ class Retriever:
         """audio_BE of clips that are int16 [S], 16 kHz mono already."""
         if not waves:
             return torch.empty(0, self.model.audio_head.out_features, device=self.device)
+        if self._equal_clips.knows(waves):
+            return self._equal_clips.encode(waves)
         limit = GPU_SAMPLES if self.device.type == "cuda" else CPU_SAMPLES
         parts, order = [], []
         for batch in _batches([len(wave_S) for wave_S in waves], limit):
@@ -220,6 +204,21 @@ class Retriever:
                 term = terms[place]
                 found.append(Match(score, term.key, term.surface, term.translations, start_s, end_s))
         return found
+
+    def stream(
+        self,
+        window: float = 1.92,
+        hop: float = 0.96,
+        lookback: float = 1.92,
+        k: int = 10,
+        threshold: float | None = None,
+        sample_rate: int = SAMPLE_RATE,
+    ) -> Stream:
+        """A live signal to search with the index in use; see retrieval/stream.py. Times in seconds."""
+        self._index_in_use()
+        stream = Stream(self, StreamSettings(window, hop, lookback, k, threshold), sample_rate)
+        self._equal_clips.prepare(round(window * SAMPLE_RATE))
+        return stream
 
     def _index_in_use(self) -> TermIndex:
         if self.terms is None:
