@@ -8,8 +8,10 @@ declared, then compares what came with what was promised.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -54,8 +56,13 @@ class AudioInfo:
 def probe(path: str | Path) -> AudioInfo:
     """Judge a file by its header. Raises AudioError; decodes nothing."""
     num_bytes = _regular_file_size(path)
+    with open(path, "rb") as file:
+        return _judge(str(path), file, num_bytes)
+
+
+def _judge(source: str | BinaryIO, file: BinaryIO, num_bytes: int) -> AudioInfo:
     try:
-        info = sf.info(str(path))
+        info = sf.info(source)
     except (sf.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
         raise AudioError("not_audio", f"libsndfile cannot open it ({_said(error)})") from error
     if not MIN_RATE <= info.samplerate <= MAX_RATE:
@@ -64,8 +71,8 @@ def probe(path: str | Path) -> AudioInfo:
         raise AudioError("bad_channels", f"{info.channels} channels; allowed are 1 to {MAX_CHANNELS}")
     if info.frames <= 0:
         raise AudioError("empty_audio", "the header declares no samples")
-    with open(path, "rb") as file:
-        _check_container(file, num_bytes)
+    file.seek(0)
+    _check_container(file, num_bytes)
     return AudioInfo(info.frames, info.samplerate, info.channels)
 
 
@@ -92,14 +99,53 @@ def read_pcm(path: str | Path, start_s: float | None = None, end_s: float | None
         return cut(decode_whole(path, info), start_s, end_s)
     first = round((start_s or 0.0) * info.rate)
     last = min(info.frames, round(end_s * info.rate) if end_s is not None else info.frames)
-    pcm_S = _decode(path, info, first, last - first)
+    pcm_S = _decode(str(path), info, first, last - first)
     _refuse_silence(pcm_S)
     return pcm_S
 
 
 def decode_whole(path: str | Path, info: AudioInfo) -> np.ndarray:
     """A probed file as int16 [S], 16 kHz mono."""
-    return _decode(path, info, 0, info.frames)
+    return _decode(str(path), info, 0, info.frames)
+
+
+def read_bytes(content: bytes, max_s: float = MAX_CLIP_S) -> np.ndarray:
+    """An audio file's bytes (WAV, FLAC, Ogg, MP3, ...) as int16 [S], 16 kHz mono. Raises AudioError.
+
+    What is longer than `max_s` is refused by its header: two megabytes can declare ten hours.
+    """
+    if not content:
+        raise AudioError("empty_file", "0 bytes")
+    info = _judge(io.BytesIO(content), io.BytesIO(content), len(content))
+    if not MIN_CLIP_S <= info.duration_s <= max_s + 1e-6:
+        reason = "too_short" if info.duration_s < MIN_CLIP_S else "too_long"
+        raise AudioError(reason, f"{info.duration_s:.4f} s; allowed are {MIN_CLIP_S} to {max_s}")
+    return _decode(io.BytesIO(content), info, 0, info.frames)
+
+
+def iterate_pcm(path: str | Path, block_s: float = 10.0) -> Iterator[np.ndarray]:
+    """A file of any length in blocks of about `block_s` seconds, int16 [S], 16 kHz mono. Raises AudioError."""
+    info = probe(path)
+    resampler = None if info.rate == SAMPLE_RATE else soxr.ResampleStream(info.rate, SAMPLE_RATE, 1, dtype="float32")
+    done = 0
+    try:
+        with sf.SoundFile(str(path)) as file:
+            while done < info.frames:
+                samples_SC = file.read(min(info.frames - done, round(block_s * info.rate)), "float32", always_2d=True)
+                if not len(samples_SC):
+                    raise AudioError("truncated", f"{done} of {info.frames} declared samples could be decoded")
+                done += len(samples_SC)
+                mono_S = _mono(samples_SC)
+                if resampler is not None:
+                    mono_S = resampler.resample_chunk(mono_S, last=done == info.frames)
+                yield to_int16(mono_S)
+    except (sf.LibsndfileError, RuntimeError, ValueError) as error:
+        raise AudioError("undecodable", _said(error)) from error
+
+
+def to_int16(mono_S: np.ndarray) -> np.ndarray:
+    """Floats of full scale 1 as int16, rounded and clipped."""
+    return np.clip(np.rint(mono_S * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def cut(pcm_S: np.ndarray, start_s: float | None, end_s: float | None) -> np.ndarray:
@@ -113,9 +159,9 @@ def cut(pcm_S: np.ndarray, start_s: float | None, end_s: float | None) -> np.nda
     return span_S
 
 
-def _decode(path: str | Path, info: AudioInfo, first: int, frames: int) -> np.ndarray:
+def _decode(source: str | BinaryIO, info: AudioInfo, first: int, frames: int) -> np.ndarray:
     try:
-        with sf.SoundFile(str(path)) as file:
+        with sf.SoundFile(source) as file:
             if first:
                 file.seek(first)
             samples_SC = file.read(frames, dtype="float32", always_2d=True)
@@ -123,12 +169,17 @@ def _decode(path: str | Path, info: AudioInfo, first: int, frames: int) -> np.nd
         raise AudioError("undecodable", _said(error)) from error
     if len(samples_SC) != frames:
         raise AudioError("truncated", f"{len(samples_SC)} of {frames} declared samples could be decoded")
-    mono_S = samples_SC.mean(axis=1) if info.channels > 1 else samples_SC[:, 0]
-    if not np.isfinite(mono_S).all():
-        raise AudioError("not_finite", f"{int((~np.isfinite(mono_S)).sum())} samples are NaN or infinite")
+    mono_S = _mono(samples_SC)
     if info.rate != SAMPLE_RATE:
         mono_S = soxr.resample(mono_S, info.rate, SAMPLE_RATE)
-    return np.clip(np.rint(mono_S * 32768.0), -32768, 32767).astype(np.int16)
+    return to_int16(mono_S)
+
+
+def _mono(samples_SC: np.ndarray) -> np.ndarray:
+    mono_S = samples_SC.mean(axis=1) if samples_SC.shape[1] > 1 else samples_SC[:, 0]
+    if not np.isfinite(mono_S).all():
+        raise AudioError("not_finite", f"{int((~np.isfinite(mono_S)).sum())} samples are NaN or infinite")
+    return mono_S
 
 
 def _refuse_silence(pcm_S: np.ndarray) -> None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import data.audio
 from data.audio import MAX_CLIP_S, MAX_RATE, MIN_CLIP_S, MIN_RATE, SAMPLE_RATE, AudioError, read_pcm
 
 AudioLike = NDArray[np.int16] | NDArray[np.floating] | Tensor | str | Path
@@ -60,7 +61,7 @@ def to_int16(audio: NDArray[np.int16] | NDArray[np.floating] | Tensor, name: str
         raise ValueError(f"{name}: {int((~np.isfinite(samples_S)).sum())} samples are NaN or infinite; allowed: finite")
     if peak > PEAK_LIMIT:
         raise ValueError(f"{name}: floats up to {peak:g}; allowed: [-1, 1]; give int16 samples as int16")
-    return np.clip(np.rint(samples_S * 32768.0), -32768, 32767).astype(np.int16)
+    return data.audio.to_int16(samples_S)
 
 
 def check_rate(sample_rate: int, name: str = "sample_rate") -> None:

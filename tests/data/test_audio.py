@@ -2,12 +2,13 @@
 
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
 
-from data.audio import SAMPLE_RATE, AudioError, probe, read_pcm
+from data.audio import SAMPLE_RATE, AudioError, iterate_pcm, probe, read_bytes, read_pcm
 
 RATE = 16_000
 
@@ -213,3 +214,35 @@ def test_spans_outside_the_file(tmp_path):
     assert reason_of(tmp_path / "a.wav", 1.0, 1.5) == "outside_file"
     assert reason_of(tmp_path / "a.wav", 0.5, 1.2) == "outside_file"
     assert len(read_pcm(tmp_path / "a.wav", 0.5, 1.003)) == 8000, "a rounded end is the file's end"
+
+
+def test_bytes_are_judged_and_decoded_as_files_are(tmp_path: Path) -> None:
+    samples_S = (np.sin(np.arange(22_050) / 9) * 9000).astype(np.int16)
+    for suffix in ("wav", "flac", "ogg"):
+        path = tmp_path / f"a.{suffix}"
+        sf.write(path, samples_S, 22_050)
+        np.testing.assert_array_equal(read_bytes(path.read_bytes()), read_pcm(path))
+        with pytest.raises(AudioError, match=r"truncated|undecodable|empty_audio"):
+            read_bytes(path.read_bytes()[: -9_000 if suffix == "wav" else -500])
+    for content, reason in ((b"", "empty_file"), (b"<html>", "not_audio"), (path.read_bytes(), "too_long")):
+        with pytest.raises(AudioError) as caught:
+            read_bytes(content, max_s=0.5)
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_blocks_of_a_long_file_are_the_whole_file(tmp_path: Path, rate: int) -> None:
+    path = tmp_path / "long.wav"
+    sf.write(path, np.random.default_rng(0).normal(0, 0.1, (rate * 7 + 123, 2)), rate)
+    blocks = list(iterate_pcm(path, block_s=2.0))
+    assert len(blocks) == 4
+    whole_S = read_pcm(path)
+    joined_S = np.concatenate(blocks)
+    assert len(joined_S) == len(whole_S)
+    if rate == 16_000:
+        np.testing.assert_array_equal(joined_S, whole_S)
+    else:  # one resampler over all blocks: no seam is heard
+        assert np.abs(joined_S.astype(int) - whole_S).max() <= 2
+    path.write_bytes(path.read_bytes()[:-50_000])
+    with pytest.raises(AudioError, match="truncated"):
+        list(iterate_pcm(path))
