@@ -51,7 +51,7 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
         raise RuntimeError("the process group is already there: processes.start() runs once in a process")
     present = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if "RANK" not in present and "WORLD_SIZE" not in present:
-        return World(0, 1, 0, _choose_device(device, 0), "none", 0)
+        return World(0, 1, 0, choose_device(device, 0), "none", 0)
     missing = [name for name in TORCHRUN_VARIABLES if name not in present]
     if missing:
         raise ValueError(
@@ -64,7 +64,7 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
     attempt = _env_int("TORCHELASTIC_RESTART_COUNT", default=0)
     if not 0 <= rank < world_size:
         raise ValueError(f"RANK is {rank}; allowed: 0 to WORLD_SIZE - 1 = {world_size - 1}")
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size == 1:
@@ -153,7 +153,8 @@ def _meet(store: dist.TCPStore, rank: int, world_size: int, timeout_s: float) ->
     return prefix
 
 
-def _choose_device(device: str, local_rank: int) -> torch.device:
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """`auto`, `cpu` or `cuda` as the device of this process. ValueError when there is no such GPU."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()

@@ -54,6 +54,12 @@ class Retriever:
         self.terms: TermIndex | None = None
         self._equal_clips = EqualClips(self.model)
 
+    @property
+    def calibrated_threshold(self) -> float | None:
+        """The least cosine that was chosen on held-out clips and stored with the model; None when there is none."""
+        stored = self.config.get("threshold")
+        return None if stored is None else float(stored["value"])
+
     @classmethod
     def load(
         cls,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.bin.tones import AUDIO, TERMS, TEXT, write_samples
+from tests.retrieval.small_models import write_full_model
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,17 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "audio.json").write_text(json.dumps(AUDIO))
     (folder / "text.json").write_text(json.dumps(TEXT))
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of a run, with random weights."""
+    return write_full_model(tmp_path_factory.mktemp("runs") / "run", seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_full_model(tmp_path_factory.mktemp("runs") / "other", seed=2)
 
 
 @pytest.fixture

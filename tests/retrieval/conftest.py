@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from lora.inject import inject_lora, lora_parameters
@@ -17,30 +15,7 @@ from retrieval.model_files import save_model
 from retrieval.retriever import Retriever
 from tests.bin.tones import AUDIO, TEXT
 from tests.model.byte_bpe import write_tokenizer
-
-LOG_INV_TEMPERATURE = torch.tensor(2.5)
-
-
-def tone(hertz: float, duration_s: float = 0.5, seed: int = 0) -> NDArray[np.int16]:
-    """A tone in a little noise, int16 [S] at 16 kHz."""
-    time_S = np.arange(round(duration_s * 16_000)) / 16_000
-    noise_S = np.random.default_rng(seed).normal(0, 0.01, len(time_S))
-    return ((0.3 * np.sin(2 * np.pi * hertz * time_S) + noise_S) * 32767).astype(np.int16)
-
-
-def write_full_model(folder: Path, seed: int) -> Path:
-    """A random model of the tones' architectures, saved as `trainable=full` saves it."""
-    folder.mkdir(parents=True)
-    (folder / "audio.json").write_text(json.dumps(AUDIO))
-    (folder / "text.json").write_text(json.dumps(TEXT))
-    settings = ModelSettings(
-        audio_model=str(folder / "audio.json"), text_model=str(folder / "text.json"), trainable="full", proj_dim=16
-    )
-    torch.manual_seed(seed)
-    model = folder / "model_best"
-    model.mkdir()
-    save_model(model, build_model(settings), settings, LOG_INV_TEMPERATURE, {"step": 1})
-    return model
+from tests.retrieval.small_models import LOG_INV_TEMPERATURE, write_full_model
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from model.packing import AudioPack
 from retrieval.equal_clips import MAX_LAYOUTS, EqualClips
 from retrieval.pcm import pack_waves
 from retrieval.retriever import Retriever
-from tests.retrieval.conftest import tone
+from tests.retrieval.small_models import tone
 
 
 @pytest.fixture

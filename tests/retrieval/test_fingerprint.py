@@ -11,7 +11,7 @@ from model.build import build_model
 from model.settings import ModelSettings
 from retrieval.model_files import CONFIG_FILE, HEADS_FILE, TOWERS_FILE, open_model, read_config, save_model
 from tests.bin.tones import AUDIO, TEXT
-from tests.retrieval.conftest import LOG_INV_TEMPERATURE
+from tests.retrieval.small_models import LOG_INV_TEMPERATURE
 
 
 def test_a_full_model_reads_back_bit_for_bit(model_folder: Path, tmp_path: Path) -> None:

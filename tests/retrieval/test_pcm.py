@@ -9,7 +9,7 @@ import soundfile as sf
 import torch
 
 from retrieval.pcm import to_int16, to_pcm
-from tests.retrieval.conftest import tone
+from tests.retrieval.small_models import tone
 
 
 def test_all_forms_of_a_clip_are_the_same_samples(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from data.glossary import load_glossary
 from model.packing import AudioPack
 from retrieval.index import TermIndex
 from retrieval.retriever import Retriever, find_model
-from tests.retrieval.conftest import tone
+from tests.retrieval.small_models import tone
 
 TERMS = ["Voicemail", "pound key", "mailbox", "conference", "extension", "keypad"]
 

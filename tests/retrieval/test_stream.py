@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from retrieval.matches import Hits, Match
 from retrieval.retriever import Retriever
 from retrieval.stream import MAX_PENDING_S, Stream, StreamSettings, advance
-from tests.retrieval.conftest import tone
+from tests.retrieval.small_models import tone
 
 NAMES = ("voicemail", "mailbox")
 
