@@ -28,6 +28,7 @@ MAX_CHANNELS = 8
 # alone, never on what happens to be cached, so that a clip's samples are the same in every run.
 WHOLE_FILE_S = 120.0
 SILENCE_PEAK = 1e-4  # of full scale, about three steps of 16 bits
+MAX_DECODED = 12_000_000  # samples over all channels of a file in memory: 30 s of 8 channels at 48 kHz
 OGG_TAIL = 70_000  # bytes: an Ogg page is at most 65,307
 
 
@@ -120,6 +121,8 @@ def read_bytes(content: bytes, max_s: float = MAX_CLIP_S) -> np.ndarray:
     if not MIN_CLIP_S <= info.duration_s <= max_s + 1e-6:
         reason = "too_short" if info.duration_s < MIN_CLIP_S else "too_long"
         raise AudioError(reason, f"{info.duration_s:.4f} s; allowed are {MIN_CLIP_S} to {max_s}")
+    if info.frames * info.channels > MAX_DECODED:
+        raise AudioError("too_large", f"{info.frames} samples of {info.channels} channels; send it at 48 kHz or below")
     return _decode(io.BytesIO(content), info, 0, info.frames)
 
 

@@ -111,6 +111,7 @@ class Stream:
 
     def reset(self) -> None:
         """Forget everything: time starts again at 0."""
+        self._is_over = False
         self._samples = np.empty(0, dtype=np.int16)  # from sample `_first` on
         self._first, self._looked_at = 0, 0
         self._evidence: deque[tuple[int, list[Match]]] = deque()  # (end of the window in samples, its matches)
@@ -149,6 +150,8 @@ class Stream:
     def feed(self, pcm: Samples) -> None:
         """Only take a chunk; `advance` looks at it. Raises as `accept`, and when more than 30 s would be waiting."""
         samples_S = to_int16(pcm, "chunk")
+        if self._is_over:
+            raise ValueError("chunk: the stream is finished; reset it to start another")
         waiting_s = self.pending_s + len(samples_S) / self.sample_rate
         if waiting_s > MAX_PENDING_S:
             raise ValueError(f"chunk: {waiting_s:.1f} s would be waiting; allowed: {MAX_PENDING_S}; advance it first")
@@ -158,12 +161,7 @@ class Stream:
 
     def finish(self) -> None:
         """The signal is over: look at what is left after the last full hop. `reset` starts another."""
-        if self._resampler is not None:
-            rest_S = self._resampler.resample_chunk(np.empty(0, dtype=np.int16), last=True)
-            self._samples = np.concatenate((self._samples, rest_S))
-        advance([self])
-        if self._end - self._looked_at >= round(MIN_CLIP_S * SAMPLE_RATE):
-            look_at([(self, self._cut(self._end))])
+        look_at([(self, window) for window in self.take_rest()])
 
     def query(self) -> list[Match]:
         """The terms of the last `lookback` seconds, each once, best first, at most k."""
@@ -181,6 +179,17 @@ class Stream:
     def take_due(self) -> list[Window]:
         """The windows that fed audio completes, oldest first. Each must come back through `add`, in this order."""
         return [self._cut(stop) for stop in range(self._looked_at + self._hop, self._end + 1, self._hop)]
+
+    def take_rest(self) -> list[Window]:
+        """`take_due`, and the last window, which ends where the signal does."""
+        if self._resampler is not None and not self._is_over:
+            rest_S = self._resampler.resample_chunk(np.empty(0, dtype=np.int16), last=True)
+            self._samples = np.concatenate((self._samples, rest_S))
+        self._is_over = True
+        windows = self.take_due()
+        if self._end - self._looked_at >= round(MIN_CLIP_S * SAMPLE_RATE):
+            windows.append(self._cut(self._end))
+        return windows
 
     def add(self, window: Window, hits: Hits | None) -> None:
         """Take in what was found in a window (None: it was silent)."""
