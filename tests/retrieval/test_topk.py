@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import retrieval.topk
@@ -15,7 +15,14 @@ def full_sort(query_BE: torch.Tensor, term_NE: torch.Tensor, k: int, order_N: np
     return np.stack([np.lexsort((order_N, -scores_N))[:k] for scores_N in scores_BN])
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(params=["host", "device"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, on the CPU."""
+    if request.param == "device":
+        monkeypatch.setattr(retrieval.topk, "_best_on_host", retrieval.topk._best_on_device)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 5), st.integers(1, 40), st.integers(1, 5), st.integers(0, 99))
 def test_any_size_equals_a_full_sort(num_terms: int, queries: int, k: int, values: int, seed: int) -> None:
     """Small integers: products are exact in any order, and many scores tie."""
@@ -29,7 +36,8 @@ def test_any_size_equals_a_full_sort(num_terms: int, queries: int, k: int, value
 
 
 def test_slices_and_blocks_and_the_rest_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval.topk, "_CPU_SLICE", 1)  # the smallest slice: 64 blocks
+    for name in ("_CPU_SLICE", "_GPU_SLICE"):
+        monkeypatch.setattr(retrieval.topk, name, 1)  # the smallest slice: 64 blocks
     generator = torch.Generator().manual_seed(0)
     term_NE = torch.randn(2 * 64 * 256 + 12_345, 8, generator=generator)
     query_BE = torch.randn(3, 8, generator=generator)
