@@ -1,9 +1,13 @@
 """Make an index of embedded terms once, and change it without starting again.
 
-python bin/index.py make --model runs/mine --glossary glossary.json --out glossary.index
-python bin/index.py append --index glossary.index --model runs/mine --glossary more.json
-python bin/index.py remove --index glossary.index --terms "pound key" voicemail
-python bin/index.py show --index glossary.index
+    python bin/index.py make --model runs/mine --glossary glossary.json --out glossary.index
+    python bin/index.py append --index glossary.index --model runs/mine --glossary more.json
+    python bin/index.py remove --index glossary.index --terms "pound key" voicemail
+    python bin/index.py approximate --index glossary.index --kind hnsw
+    python bin/index.py show --index glossary.index
+
+Search is exact, which takes milliseconds up to a million terms. Beyond that, `approximate` adds a faiss index and says
+how much of the exact result it finds; changing the terms afterwards takes it off again.
 """
 
 import sys
@@ -28,6 +32,7 @@ from data.glossary import load_glossary
 from data.terms import normalise_term
 from distributed.atomic import write_folder_atomically
 from distributed.processes import choose_device
+from retrieval.approximate import Kind
 from retrieval.index import TermIndex, read_index_file
 from retrieval.retriever import Retriever, find_model
 
@@ -87,6 +92,22 @@ class Remove:
 
 
 @dataclass
+class MakeApproximate:
+    """Add approximate search (needs the extra faiss), and measure how much of the exact result it finds."""
+
+    index: str
+    """Folder of the index."""
+    kind: Kind = "hnsw"
+    """hnsw searches faster, ivf is built faster."""
+
+    def run(self) -> None:
+        index = TermIndex.load(self.index).approximated(self.kind)
+        _save(index, Path(self.index), read_index_file(Path(self.index))["info"].get("glossary", ""))
+        assert index.approximate is not None
+        print(", ".join(f"{name} {value:.3f}" for name, value in index.approximate.facts["recall"].items()))
+
+
+@dataclass
 class Show:
     """Tell what an index is."""
 
@@ -103,6 +124,7 @@ Command = (
     Annotated[Make, tyro.conf.subcommand("make")]
     | Annotated[Append, tyro.conf.subcommand("append")]
     | Annotated[Remove, tyro.conf.subcommand("remove")]
+    | Annotated[MakeApproximate, tyro.conf.subcommand("approximate")]
     | Annotated[Show, tyro.conf.subcommand("show")]
 )
 
@@ -117,7 +139,7 @@ def _save(index: TermIndex, folder: Path, glossary: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command: Make | Append | Remove | Show = tyro.cli(
+    command: Make | Append | Remove | MakeApproximate | Show = tyro.cli(
         Command,  # type: ignore[arg-type]
         args=argv,
         use_underscores=True,

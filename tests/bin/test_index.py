@@ -70,3 +70,9 @@ def test_what_is_not_there_is_told(made: Path, tmp_path: Path, capsys: pytest.Ca
     nothing = ["make", "--model", str(tmp_path), "--glossary", "g.txt", "--out", str(tmp_path / "x")]
     assert main(nothing) == 2
     assert "holds no model" in capsys.readouterr().err
+
+
+def test_approximate_search_tells_its_recall(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["approximate", "--index", str(made), "--kind", "ivf"]) == 0
+    assert "recall@1 1.000" in capsys.readouterr().out
+    assert TermIndex.load(made).approximate is not None

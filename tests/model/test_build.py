@@ -149,3 +149,17 @@ def test_compute_dtype_errors(small):
         build_model(ModelSettings(**small), "cpu", torch.int8)
     with pytest.raises(ValueError, match=r"base_dtype: got 'bf16' with compute dtype torch\.float32"):
         build_model(ModelSettings(**small, base_dtype="bf16"), "cpu", torch.float32)
+
+
+def test_a_model_that_only_hears_looks_for_nothing_else(small, make_pack):
+    whole = build_model(ModelSettings(**small, trainable="full", proj_dim=16))
+    heard = ModelSettings(audio_model=small["audio_model"], text_model="/nowhere", trainable="full", proj_dim=16)
+    built = build_model(heard, absent_text=whole.text_config)
+    assert {name.partition(".")[0] for name, _ in built.model.named_parameters()} == {"audio_tower", "audio_head"}
+    assert built.model.encode_audio(make_pack([0.3])).shape == (1, 16)
+    with pytest.raises(ValueError, match="opened audio-only"):
+        built.tokenizer(["hello"])
+    with pytest.raises(ValueError, match="opened audio-only"):
+        built.model.encode_text(TextPack(torch.ones(2, dtype=torch.int64), [2]))
+    with pytest.raises(ValueError, match="cannot be left out"):
+        build_model(ModelSettings(**small, audio_readout="lm"), absent_text=whole.text_config)
