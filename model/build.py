@@ -128,13 +128,14 @@ def _choose_dtypes(
 
 def _resolve_sources(settings: ModelSettings, with_text: bool) -> tuple[Source, Source | None]:
     """The audio and the text tower's source: the same object when one checkpoint gives both."""
+    parts = None if with_text else {"audio_tower"}
     base: Source | None = None
     found: list[Source] = []
     for field, allowed in (("audio_model", _AUDIO_TYPES), ("text_model", _TEXT_TYPES))[: 2 if with_text else 1]:
         name = getattr(settings, field)
         if name is None and base is None:
-            base = resolve_source("model_name", settings.model_name)
-        source = resolve_source(field, name) if name is not None else cast(Source, base)
+            base = resolve_source("model_name", settings.model_name, parts)
+        source = resolve_source(field, name, parts) if name is not None else cast(Source, base)
         found.append(source)
         if source.model_type not in allowed:
             given = "model_name" if name is None else field

@@ -7,7 +7,7 @@ checkpoint replaces). All else is an error, raised before a byte of weights is r
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +46,7 @@ _PREFIXES: dict[str, tuple[tuple[str, str | None], ...]] = {
 }
 # A table that old versions stored; it follows from the config.
 _DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-_DOWNLOADED = ("*.json", "*.safetensors", "*.txt")
+_DESCRIPTIONS = ("*.json", "*.txt")
 _NAMED_KEYS = 8
 
 
@@ -63,23 +63,29 @@ class Source:
         return str(self.config["model_type"])
 
 
-def resolve_source(field: str, name: str) -> Source:
-    """A folder, an architecture .json or a hub name becomes a Source; ValueError names `field` and the remedy."""
+def resolve_source(field: str, name: str, parts: set[str] | None = None) -> Source:
+    """A folder, an architecture .json or a hub name becomes a Source; ValueError names `field` and the remedy.
+
+    parts: what will be read of it (None: all); other shards of a checkpoint on the hub are not fetched.
+    """
     path = Path(name).expanduser()
     if path.suffix == ".json":
         return Source(name, _read_config(field, path), None)
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise ValueError(f"{field}: got {name!r}, which is no folder, no .json file and no hub name (owner/model)")
-        path = _download(field, name)
+        path = _download(field, name, _DESCRIPTIONS)
+        source = Source(name, _read_config(field, path / "config.json"), path)
+        shards = _list_shards(source, set(_PARTS) if parts is None else parts)
+        return replace(source, folder=_download(field, name, (*_DESCRIPTIONS, *(shards or ("*.safetensors",)))))
     return Source(name, _read_config(field, path / "config.json"), path)
 
 
-def _download(field: str, name: str) -> Path:
+def _download(field: str, name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises a dozen unrelated kinds; each means the same to the user
         raise ValueError(
             f"{field}: {name!r} is no local folder and could not be fetched from the Hugging Face hub "
@@ -160,19 +166,26 @@ def _map_key(model_type: str, key: str) -> tuple[str | None, str]:
     return "", key
 
 
-def _list_files(source: Source, parts: set[str]) -> list[Path]:
-    """model.safetensors, or those shards that model.safetensors.index.json lists with a key of one of `parts`.
+def _list_shards(source: Source, parts: set[str]) -> list[str] | None:
+    """Those shards of model.safetensors.index.json that hold a key of one of `parts`; None where there is no index.
 
-    Shards of other parts alone are not opened and may be absent; a key that is no part's at all is kept to be told of.
+    A key that is no part's at all is kept to be told of.
     """
+    index = cast(Path, source.folder) / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({listed[key] for key in listed if _map_key(source.model_type, key)[0] in {"", *parts}})
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from error
+
+
+def _list_files(source: Source, parts: set[str]) -> list[Path]:
+    """The shards that hold a key of one of `parts`, or model.safetensors. Shards of other parts alone may be absent."""
     folder = cast(Path, source.folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({listed[key] for key in listed if _map_key(source.model_type, key)[0] in {"", *parts}})
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from error
+    names, single = _list_shards(source, parts), folder / "model.safetensors"
+    if names is not None:
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise ValueError(f"{folder}: {_describe('missing shards', absent)}; fetch the checkpoint again")

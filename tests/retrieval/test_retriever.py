@@ -156,3 +156,23 @@ def test_paths_and_their_faults(retriever: Retriever, tmp_path: Path) -> None:
     (tmp_path / "b.wav").write_bytes(b"not audio at all")
     with pytest.raises(ValueError, match=r"clips\[1\]: .*b\.wav: not_audio"):
         retriever.encode_audio([tmp_path / "a.wav", tmp_path / "b.wav"])
+
+
+def test_audio_only_fetches_no_text_weights_from_the_hub(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        for file in base_folder.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    heard = Retriever.load(adapter_folder, model_name="Owner/Name", audio_only=True)
+    assert {path.name for path in cache.glob("*.safetensors")} == {"audio_tower.safetensors"}
+    whole = Retriever.load(adapter_folder, model_name="Owner/Name")
+    assert len(list(cache.glob("*.safetensors"))) == 2
+    assert torch.equal(heard.encode_audio([tone(300)]), whole.encode_audio([tone(300)]))
