@@ -200,7 +200,7 @@ def single_file_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def _fingerprint(built: Built, log_inv_temperature: Tensor, config: dict[str, Any]) -> str:
-    """SHA-256 over the trained tensors, and over what they are added to: the settings, and the towers' names if frozen."""
+    """SHA-256 over the trained tensors and what they are added to: settings, and the names of frozen towers."""
     is_full = config["trainable"] == "full"
     identity = {name: config[name] for name in ("trainable", "audio_readout", "audio_config", "text_config")}
     frozen = {} if is_full else {part: config["sources"][part] for part in ("audio_tower", "language_model")}
