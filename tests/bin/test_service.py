@@ -26,7 +26,8 @@ from tests.retrieval.small_models import tone
 
 TOKEN = "a token of enough characters"
 QUICK_FIND = Retriever.find
-LIMITS = ServeLimits(max_body_mb=0.2, body_time_s=0.6, time_limit_s=5.0, max_requests=8, max_batch=8)
+# Generous in time, for machines that are busy; the tests of the time limits have their own.
+LIMITS = ServeLimits(max_body_mb=0.2, body_time_s=60.0, time_limit_s=60.0, max_requests=8, max_batch=8)
 
 
 @dataclass
@@ -144,17 +145,18 @@ def raw_request(server: Server, declared: int, sent: bytes) -> socket.socket:
     return raw
 
 
-def test_half_sent_bodies_are_given_up_and_block_nobody(server: Server) -> None:
+def test_half_sent_bodies_are_given_up_and_block_nobody(trained: Path) -> None:
     body = wav(tone(440))
-    stalled = [raw_request(server, len(body), body[:5_000]) for _ in range(2)]
-    left = raw_request(server, len(body), body[:5_000])
-    left.close()
-    assert server.ask(body)[0] == 200, "others are served meanwhile"
-    for raw in stalled:
-        answer = raw.recv(4_096)
-        assert answer.startswith(b"HTTP/1.1 408"), answer
-        raw.close()
-    assert server.ask(body)[0] == 200
+    for server in start(trained, replace(LIMITS, body_time_s=1.5)):
+        stalled = [raw_request(server, len(body), body[:5_000]) for _ in range(2)]
+        left = raw_request(server, len(body), body[:5_000])
+        left.close()
+        assert server.ask(body)[0] == 200, "others are served meanwhile"
+        for raw in stalled:
+            answer = raw.recv(4_096)
+            assert answer.startswith(b"HTTP/1.1 408"), answer
+            raw.close()
+        assert server.ask(body)[0] == 200
 
 
 def test_two_hundred_at_once_each_get_their_own_answer(server: Server) -> None:
@@ -237,10 +239,10 @@ def test_streams_are_refused_clearly(server: Server, query: str, token: str, mes
 
 
 def test_a_slow_model_is_told_of_and_the_service_lives_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for server in start(trained, replace(LIMITS, time_limit_s=0.3)):
-        monkeypatch.setattr(Retriever, "find", lambda *args: time.sleep(0.8) or QUICK_FIND(*args))
+    let = threading.Event()
+    monkeypatch.setattr(Retriever, "find", lambda *args: let.wait(30) and QUICK_FIND(*args))
+    for server in start(trained, replace(LIMITS, time_limit_s=1.5)):
         status, answer = server.ask(wav(tone(440)))
-        assert (status, "no answer within 0.3 s" in answer["error"]) == (504, True)
-        monkeypatch.undo()
-        time.sleep(0.7)
+        assert (status, "no answer within 1.5 s" in answer["error"]) == (504, True)
+        let.set()
         assert server.ask(wav(tone(440)))[0] == 200
