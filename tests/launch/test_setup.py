@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ case "$*" in
     *) exec "{sys.executable}" "$@" ;;
 esac
 """
+
+EXTRAS = sorted(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 
 class Setup:
@@ -131,7 +134,7 @@ def test_a_stand_in_of_a_version_manager_is_passed_over(setup: Setup, tmp_path: 
         ("wrong_python", "is not a Python 3.11 to 3.13", "Set PYTHON to another one"),
         ("no_venv_module", "could not make a virtual environment", "apt-get install python3-venv"),
         ("pip_fails", "pip could not install", "run the same command again"),
-        ("unknown_extra", "extra 'tets' is not in pyproject.toml; allowed: flash, modal, test", ""),
+        ("unknown_extra", f"extra 'tets' is not in pyproject.toml; allowed: {', '.join(EXTRAS)}", ""),
         ("broken_environment", "is there, but not as an environment", "Remove it (rm -r"),
         ("full_disk", "has 12 MB free; the environment needs about", "EARMARK_VENV to a folder on another disk"),
     ],
