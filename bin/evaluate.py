@@ -163,6 +163,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             seed=settings.seed,
         )
         found["run"] = _run_facts(settings, model_dir, data_settings, data, measured, seconds, world)
+        found["run"]["fingerprint"] = opened.fingerprint
 
         # ----------------------------------------------------------------------------------------------- tell
         if world.is_main:

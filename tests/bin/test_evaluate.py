@@ -71,6 +71,8 @@ def test_one_process_measures_exports_and_reports(run: Path, flags: Callable[...
     assert threshold["samples"].endswith("dev.json")
     assert threshold["false_alarm"] <= 0.5
     assert found["threshold"] == threshold
+    config = json.loads((run / "model_best" / "retriever_config.json").read_text())
+    assert found["run"]["fingerprint"] == config["fingerprint"]
     again = evaluate(parse([str(run), "--num_resamples", "50", "--device", "cpu"]))  # a run's folder will do
     assert again["threshold"] == threshold
     assert again["sizes"][0]["metrics"] == found["sizes"][0]["metrics"]
