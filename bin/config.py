@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import tyro
 
+from bin.redaction import refuse_secrets
 from data.settings import DataSettings
 from distributed.settings import DistributedSettings
 from lora.settings import LoraSettings
@@ -142,8 +143,10 @@ class RunSettings:
     """Progress bar (only on a terminal)."""
     tensorboard: bool = True
     """Write TensorBoard events to <run>/tb."""
-    wandb_project: str | None = None
-    """Also send the metrics to this Weights & Biases project (needs the wandb package and a login)."""
+    wandb: bool = False
+    """Metrics go to Weights & Biases too, as they do when WANDB_API_KEY is set; without a login: offline."""
+    wandb_project: str = "earmark"
+    """The project there."""
 
 
 @dataclass
@@ -167,6 +170,8 @@ class Config:
 
     def validate(self) -> None:
         """Check every group; what a group checks when made is checked again, since files and flags change fields."""
+        for group_name in GROUPS:
+            refuse_secrets(vars(getattr(self, group_name)))
         for group in (self.train, self.data, self.model):
             group.validate()
         for checked_when_made in (self.lora, self.losses, self.distributed):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bin.stopping import is_requested, stop_together
 from data.audio import AudioError
 from data.batches import spoken_groups
 from data.clips import Clip
@@ -37,14 +38,19 @@ NUM_TOP = 10  # terms kept of each clip: what a user is shown
 def encode_terms(
     model: DualEncoder, tokenizer: Tokenizer, terms: Sequence[str], batch_size: int, world: World
 ) -> Tensor:
-    """term_NE of all terms on every rank, fp32, the same bits at any number of ranks. A collective."""
+    """term_NE of all terms on every rank, fp32, the same bits at any number of ranks. A collective.
+
+    Raises Preempted on all ranks when one was asked to stop.
+    """
 
     def encode(start: int, stop: int) -> Tensor:
+        if is_requested():  # nobody will see the result
+            return torch.zeros(stop - start, model.audio_head.out_features, device=model.device)
         ids = tokenizer(list(terms[start:stop]))
         flat_P = torch.tensor([token for one in ids for token in one], dtype=torch.int64)
         return model.encode_text(TextPack(flat_P, [len(one) for one in ids]))
 
-    return encode_in_fixed_batches(
+    term_NE = encode_in_fixed_batches(
         encode,
         len(terms),
         batch_size,
@@ -54,6 +60,8 @@ def encode_terms(
         model.audio_head.out_features,
         model.device,
     )
+    stop_together()
+    return term_NE
 
 
 def embed_bank(model: DualEncoder, tokenizer: Tokenizer, glossary: Glossary, batch_size: int, world: World) -> TermBank:
@@ -94,7 +102,7 @@ class Evaluator:
         )
 
     def __call__(self, model: DualEncoder, tokenizer: Tokenizer) -> EvalResult:
-        """A collective: all ranks call it, and all get the same result."""
+        """A collective: all ranks call it, and all get the same result, or Preempted when one was asked to stop."""
         return self._measure(model, tokenizer, [len(self.terms)], 1).result()
 
     def measure(self, model: DualEncoder, tokenizer: Tokenizer, num_top: int = NUM_TOP) -> Measured:
@@ -118,6 +126,7 @@ class Evaluator:
             lambda values_S: gather_ints(values_S)[0],
             model.device,
         )
+        stop_together()
         model.train(was_training)
         found = Measured(self.clips, self.ranked_terms, len(self.terms), dict(zip(sizes, ranks, strict=True)))
         if found.ranks.num_clips < len(self.clips):
@@ -140,7 +149,7 @@ class Evaluator:
     def _encode_clips(self, model: DualEncoder, indices: Iterable[int]) -> tuple[list[int], Tensor]:
         """Embeddings of the clips that can be read; the others are counted among the drops."""
         kept, waves = [], []
-        for index in indices:
+        for index in () if is_requested() else indices:
             clip = self.clips[index]
             try:
                 waves.append(torch.from_numpy(self.reader.read(clip.audio_path, clip.start_s, clip.end_s).copy()))

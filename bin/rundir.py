@@ -1,4 +1,4 @@
-"""The run directory as the loop uses it: which one, what goes into it, how a run goes on from it, how it is stopped.
+"""The run directory as the loop uses it: which one, what goes into it, how a run goes on from it.
 
 checkpoints/step-00000500/  a model folder + optim.safetensors state.json rng-rank*.safetensors [bank.safetensors]
 model_best/ model_final/    model folders, and each as one file: model_best.pt, model_final.pt
@@ -6,11 +6,9 @@ model_best/ model_final/    model folders, and each as one file: model_best.pt, 
 
 import json
 import logging
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from distributed.atomic import (
 from distributed.checkpoints import CheckpointStore
 from distributed.collectives import broadcast_json, on_rank_0
 from distributed.processes import World
-from distributed.rundir import read_status
+from distributed.rundir import State, read_status, write_status
 from distributed.training_state import pack_optimizer, pack_plateau, unpack_optimizer, unpack_plateau
 from lora.adapter import KeyScheme
 from losses.temperature import Temperature
@@ -55,7 +53,12 @@ class RunState:
     best_step: int = 0
     stale_evaluations: int = 0  # in a row without a better Recall@10
     stopped_early: bool = False
+    unmeasured: bool = False  # the evaluation at the end of an epoch is still to come
     before: EvalResult | None = None  # the test before training
+
+    def is_over(self, total_steps: int, epochs: int) -> bool:
+        """Whether nothing is left to do but the final test."""
+        return not self.unmeasured and (self.stopped_early or self.step >= total_steps or self.epoch >= epochs)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "before": None if self.before is None else self.before.to_json()}
@@ -79,23 +82,6 @@ class Resumable:
     loader: Loader
 
 
-class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads once a step. A second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 def choose_run_dir(run: RunSettings, world: World) -> Path:
     """The run's folder, the same on every rank: named, or the newest unfinished with --resume auto, or new by time."""
     name = run.run_name
@@ -115,6 +101,14 @@ def _newest_unfinished(runs_dir: Path) -> str | None:
         if status is not None and status["state"] != "finished" and (folder / "checkpoints").is_dir():
             unfinished.append((status["time"], folder.name))
     return max(unfinished)[1] if unfinished else None
+
+
+def tell_status(run_dir: Path, name: State, state: RunState, message: str = "") -> None:
+    """write_status that a full or vanished disk cannot stop: the run may still come to its end, or to its error."""
+    try:
+        write_status(run_dir, name, state.step, state.epoch, message)
+    except OSError as error:
+        logger.warning("status.json could not be written (%s); it should say %s: %s", error, name, message)
 
 
 def save_checkpoint(store: CheckpointStore, run: Resumable, state: RunState, bank: TermBank | None) -> None:

@@ -1,30 +1,29 @@
-"""What a run tells: log file, console lines, metrics.jsonl, TensorBoard, W&B, progress bar.
+"""What a run tells people: log file, console lines, progress bar, closing tables. (Its numbers: bin/tracking.py.)
 
-One dict of slash-keyed numbers (`train/loss`, `data/wait_ms`, `eval/recall@10`) goes to all of them at once, from rank
-0. Other ranks only log warnings, to standard error.
+Rank 0 speaks; other ranks only log warnings, to standard error.
 """
 
-import json
 import logging
-import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from bin.redaction import redact
 from data.clips import Clip
-from distributed.atomic import write_file_atomically
+from distributed.collectives import num_ranks
 from retrieval.evaluate import recall_table
 from retrieval.metrics import EvalResult
 
@@ -41,7 +40,7 @@ def configure_logging(rank: int, log_path: Path | None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if rank != 0:
         handler: logging.Handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
+        handler.setFormatter(RedactingFormatter(f"[rank {rank}] %(levelname)s %(message)s"))
         root.addHandler(handler)
         return
     if console.is_terminal:
@@ -53,78 +52,42 @@ def configure_logging(rank: int, log_path: Path | None) -> None:
             log_time_format="%H:%M:%S",
             omit_repeated_times=False,
         )
-        shown.setFormatter(logging.Formatter("%(mark)s%(message)s"))
+        shown.setFormatter(RedactingFormatter("%(mark)s%(message)s"))
     else:
         shown = logging.StreamHandler(sys.stdout)
-        shown.setFormatter(logging.Formatter("%(asctime)s %(mark)s%(message)s", "%H:%M:%S"))
+        shown.setFormatter(RedactingFormatter("%(asctime)s %(mark)s%(message)s", "%H:%M:%S"))
     shown.addFilter(_mark)
     root.addHandler(shown)
     if log_path is not None:
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(log_path, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        to_file = LogFile(log_path, encoding="utf-8")
+        to_file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         root.addHandler(to_file)
+
+
+class RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose disk may fill up or vanish: the run then goes on with the console alone, and says so once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        logger.warning("log file %s cannot be written (%s); going on without it", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # what could not be written has been told above
+            self.stream = None  # type: ignore[assignment]
 
 
 def _mark(record: logging.LogRecord) -> bool:
     """Lets the console, where levels are not shown, say WARNING or ERROR in front of the message."""
     record.mark = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
     return True
-
-
-class MetricsWriter:
-    """Appends each dict of numbers, with step, epoch and time, to metrics.jsonl, TensorBoard and W&B."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        tensorboard: bool = True,
-        wandb_project: str | None = None,
-        settings: dict[str, Any] | None = None,
-        resumed_step: int = 0,
-    ) -> None:
-        """resumed_step: what an earlier attempt wrote beyond this step will be done again, and is taken out. 0: all."""
-        self.path = run_dir / "metrics.jsonl"
-        if self.path.exists():
-            lines = [
-                line for line in self.path.read_text(encoding="utf-8").splitlines() if _is_kept(line, resumed_step)
-            ]
-            write_file_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = self._wandb = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tb"), purge_step=resumed_step + 1 if resumed_step else 0)
-        if wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError(
-                    "wandb_project: the wandb package is missing; pip install wandb, then wandb login"
-                ) from None
-            self._wandb = wandb.init(
-                project=wandb_project, name=run_dir.name, id=run_dir.name, resume="allow", config=settings
-            )
-
-    def write(self, numbers: Mapping[str, float], step: int, epoch: float) -> None:
-        """NaN and infinities become null in the file: strict JSON knows neither."""
-        record: dict[str, float | None] = {"step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3)}
-        record |= {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
 
 class Interval:
@@ -144,21 +107,14 @@ class Interval:
         self._waited_s += time.perf_counter() - asked
 
     def numbers(self) -> dict[str, float]:
-        """Clips a second of all ranks, milliseconds a step and milliseconds a step of waiting."""
+        """Clips a second of all ranks, milliseconds a step and milliseconds a step of waiting; peak GPU memory."""
         seconds, steps = time.perf_counter() - self._started, max(1, self.num_steps)
-        return {
+        peak = {"gpu/peak_gib": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_initialized() else {}
+        return peak | {
             "train/clips_per_s": self.num_clips / seconds,
             "train/step_ms": seconds / steps * 1e3,
             "data/wait_ms": self._waited_s / steps * 1e3,
         }
-
-
-def _is_kept(line: str, resumed_step: int) -> bool:
-    """Whether a line is whole (a killed process may leave half of one) and not beyond the step."""
-    try:
-        return resumed_step > 0 and bool(json.loads(line)["step"] <= resumed_step)
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def progress_bar(enabled: bool) -> Progress:
@@ -213,7 +169,6 @@ def show_examples(examples: list[tuple[Clip, list[str]]]) -> None:
 
 def environment(device: str) -> dict[str, Any]:
     """Versions, device and git revision for env.json; no variables that could hold a secret."""
-    import torch
     import transformers
 
     root = Path(__file__).resolve().parent.parent
@@ -224,6 +179,7 @@ def environment(device: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "world_size": num_ranks(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "argv": sys.argv,

@@ -20,6 +20,7 @@ import math
 import os
 import time
 from dataclasses import replace
+from functools import partial
 
 import tomli_w
 import torch
@@ -28,28 +29,31 @@ from torch import nn
 from bin.checks import check_rooms_agree, describe_plan
 from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
-from bin.evaluation import Evaluator, embed_bank
+from bin.evaluation import Evaluator, embed_bank, encode_terms
 from bin.optimizer import parameter_groups
-from bin.reporting import show_test, write_run_report
+from bin.redaction import redact, tell_error
+from bin.reporting import NUM_MISSES, show_test, write_run_report
 from bin.rundir import (
     Resumable,
     RunState,
-    StopRequest,
     choose_run_dir,
     load_checkpoint,
     save_checkpoint,
     save_trained,
+    tell_status,
 )
-from bin.runlog import Interval, MetricsWriter, configure_logging, environment, progress_bar
+from bin.runlog import Interval, configure_logging, environment, progress_bar
 from bin.step import center_heads, loss_share
+from bin.stopping import Preempted, StopRequest
+from bin.tracking import MAX_PROJECTED, Tracker
 from data.loader import Loader
-from distributed import processes
+from distributed import processes, watch
 from distributed.atomic import json_bytes, remove_strays, write_file_atomically
 from distributed.checkpoints import CheckpointStore
 from distributed.collectives import agree, sum_over_ranks
 from distributed.gradsync import check_same_parameters, clip_gradients, sync_gradients
 from distributed.health import NonFiniteGuard, missing_gradients
-from distributed.rundir import RunLock, State, write_status
+from distributed.rundir import RunLock, State
 from lora.inject import inject_lora
 from losses.temperature import Temperature
 from losses.terms import TermBank
@@ -78,7 +82,7 @@ def train(config: Config) -> int:
     # ------------------------------------------------------------------------------------------- run directory
     run_dir = choose_run_dir(config.run, world)
     lock = RunLock(run_dir)
-    stop, state, is_ours = StopRequest(), RunState(), False
+    stop, state, is_ours, tracker = StopRequest(), RunState(), False, None
     configure_logging(world.rank, run_dir / f"train_{time.strftime('%Y%m%d_%H%M%S')}.log")
     try:
         store = CheckpointStore(run_dir / "checkpoints", config.distributed.keep_checkpoints)
@@ -93,7 +97,7 @@ def train(config: Config) -> int:
             remove_strays(run_dir)
             write_file_atomically(run_dir / "config.toml", tomli_w.dumps(to_toml(config)).encode())
             write_file_atomically(run_dir / "env.json", json_bytes(environment(str(world.device))))
-            write_status(run_dir, "starting", 0, 0)
+            tell_status(run_dir, "starting", state)
 
         # ------------------------------------------------------------------------------------------------ data
         data = load_datasets(config.data, world, run_dir / "bad_records.jsonl")
@@ -164,25 +168,17 @@ def train(config: Config) -> int:
             data.dev or data.test, data.terms, data.seen_terms, data.reader, data.drops, cfg.eval_batch_size, world
         )
         test = dev if data.dev is None else replace(dev, clips=data.test)
-        metrics = None
-        if world.is_main:
-            metrics = MetricsWriter(
-                run_dir, config.run.tensorboard, config.run.wandb_project, to_toml(config), resumed_step=state.step
-            )
-
-        def write_metrics(numbers: dict[str, float]) -> None:
-            if metrics is not None:
-                metrics.write(numbers, state.step, state.step / steps_per_epoch)
+        tracker = Tracker(run_dir if world.is_main else None, config, steps_per_epoch, resumed_step=state.step)
 
         def set_status(name: State, message: str = "") -> None:
             if world.is_main:
-                write_status(run_dir, name, state.step, state.epoch, message)
+                tell_status(run_dir, name, state, message)
 
         if checkpoint is None:
             if cfg.center_heads:
                 center_heads(model, itertools.islice(loader.epoch(0), -(-CENTER_CLIPS // loader.batch_size)))
             state.before = test(model, tokenizer)
-            write_metrics(state.before.flat("before/"))
+            tracker.write(state.before.flat("before/"), state.step)
             logger.info("before training: Recall@10 %.3f over %d terms", state.before.recall(10), len(data.terms))
         check_same_parameters(named)
 
@@ -196,12 +192,13 @@ def train(config: Config) -> int:
         )  # fmt: skip
         set_status("training")
         is_first_step, interval, note = True, Interval(), ""
-        is_over = state.stopped_early or state.step >= total_steps or state.epoch >= cfg.epochs
-        with progress_bar(config.run.progress and world.is_main) as bar:
+        is_over = state.is_over(total_steps, cfg.epochs)
+        save = partial(save_checkpoint, store, run, state)
+        with stop.held(lambda: save(bank)), progress_bar(config.run.progress and world.is_main) as bar:
             task = bar.add_task("training", total=total_steps, completed=state.step, note="")
             while not is_over:
                 batches_of_epoch = loader.epoch(state.epoch, state.step_in_epoch * cfg.grad_accum_steps)
-                while state.step_in_epoch < steps_per_epoch and state.step < total_steps:
+                while not state.unmeasured and state.step_in_epoch < steps_per_epoch and state.step < total_steps:
                     bank_age = state.step % cfg.refresh_bank_every if cfg.refresh_bank_every else state.step_in_epoch
                     if bank_glossary is not None and (bank is None or bank_age == 0):
                         bank = embed_bank(model, tokenizer, bank_glossary, cfg.eval_batch_size, world)
@@ -249,9 +246,7 @@ def train(config: Config) -> int:
                             "train/skipped_steps": float(guard.num_skipped),
                             **interval.numbers(),
                         }
-                        if world.device.type == "cuda":
-                            numbers["gpu/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                        write_metrics(numbers)
+                        tracker.write(numbers, state.step)
                         note = f"loss {totals['loss']:.3f}  {numbers['train/clips_per_s']:.0f} clips/s"
                         logger.info(
                             "step %6d/%d  epoch %6.2f  loss %7.4f  lr %.2e  grad %8.3f  %7.1f clips/s  wait %6.1f ms",
@@ -263,24 +258,22 @@ def train(config: Config) -> int:
                     if hash_every and state.step % hash_every == 0:
                         check_same_parameters(named)
                     if agreed["stop"]:
-                        save_checkpoint(store, run, state, bank)
-                        set_status("preempted", f"go on with --run_name {run_dir.name} --resume auto")
-                        logger.warning("stopped by a signal at step %d; checkpoint saved", state.step)
-                        return 0
+                        raise Preempted(agreed=True)
                     ends_epoch = state.step_in_epoch == steps_per_epoch or state.step == total_steps
                     if cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and not ends_epoch:
-                        save_checkpoint(store, run, state, bank)
+                        save(bank)
 
                 # ---------------------------------------------------------------------------- end of an epoch
                 if state.step_in_epoch == steps_per_epoch:  # else max_steps ended it, and a longer run may go on
                     state.epoch, state.step_in_epoch = state.epoch + 1, 0
                 merge_drops(data.drops, world, run_dir / "bad_records.jsonl")
                 is_over = state.epoch >= cfg.epochs or state.step >= total_steps
-                if state.epoch % cfg.eval_every == 0 or is_over:
+                state.unmeasured = state.epoch % cfg.eval_every == 0 or is_over
+                if state.unmeasured:
                     set_status("evaluating")
                     result = dev(model, tokenizer)
                     recall = result.recall(10)
-                    write_metrics(result.flat())
+                    tracker.write(result.flat(), state.step)
                     plateau.step(recall)
                     is_best = recall > state.best_recall
                     if is_best:
@@ -296,10 +289,10 @@ def train(config: Config) -> int:
                     if cfg.patience and state.stale_evaluations >= cfg.patience:
                         logger.info("early stop: no better Recall@10 in %d evaluations", state.stale_evaluations)
                         is_over = state.stopped_early = True
-                    interval = Interval()  # clips/s counts training only
+                    state.unmeasured, interval = False, Interval()  # clips/s counts training only
                     set_status("training")
                 if is_over or state.epoch % cfg.save_every == 0:
-                    save_checkpoint(store, run, state, bank)
+                    save(bank)
 
         # ------------------------------------------------------------------------------------------ final test
         check_same_parameters(named)
@@ -308,38 +301,43 @@ def train(config: Config) -> int:
             load_trained(run_dir / "model_best", built, config.model)
         measured = test.measure(model, tokenizer)
         after = measured.result()
-        write_metrics(after.flat("test/"))
+        tracker.write(after.flat("test/"), state.step)
+        tracker.show_result(after.flat("test/"))
+        tracker.show_misses(measured.misses(NUM_MISSES), data.reader)
+        if config.run.tensorboard:
+            shown = test.terms[:MAX_PROJECTED]
+            tracker.show_terms(encode_terms(model.eval(), tokenizer, shown, cfg.eval_batch_size, world), shown)
         if world.is_main:
             show_test(state.before, measured, run_dir, config.run.show_examples)
         set_status("finished", f"Recall@10 {after.recall(10):.4f} with the model of step {state.best_step}")
-        if metrics is not None:
-            metrics.close()
+        if world.is_main:
             write_run_report(run_dir, measured, data.train, data.reader, data.drops, str(world.device))
         return 0
-    except BaseException as error:
+    except Preempted:
         if is_ours:
-            logger.error("failed at step %d: %s: %s", state.step, type(error).__name__, error)
-            write_status(run_dir, "failed", state.step, state.epoch, f"{type(error).__name__}: {error}"[:2000])
+            tell_status(run_dir, "preempted", state, f"go on with --run_name {run_dir.name} --resume auto")
+            logger.warning("stopped by a signal at step %d", state.step)
+        return 0
+    except BaseException as error:
+        stalled = watch.blame()
+        if is_ours:
+            reason = f"{type(error).__name__}: {error}" + (f" (waiting for: {stalled})" if stalled else "")
+            logger.error("failed at step %d: %s", state.step, reason)
+            tell_status(run_dir, "failed", state, redact(reason[:2000]))
         raise
     finally:
+        if tracker is not None:
+            tracker.close()
         lock.release()
         processes.stop()
         stop.restore()
 
 
 def main() -> int:
-    """Settings from the command line; a user's error is one line on rank 0, not a traceback on each."""
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        return train(parse(quiet=not is_main))
-    except ValueError as error:
-        if os.environ.get("EARMARK_TRACEBACK"):
-            raise
-        if is_main:
-            print(f"bin/train.py: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(5)  # the launcher ends all ranks with the first that ends: rank 0 is to have its say
-        return 2
+        return train(parse(quiet=os.environ.get("RANK", "0") != "0"))
+    except Exception as error:
+        return tell_error("bin/train.py", error)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.watch import count_collective
+
 # torch 2.13 renamed the two and warns at each call of the old names, which 2.11 alone knows.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_torch_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_torch_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# --- torch's collectives, each counted, so that the watch can tell which rank is behind ------------------------------
+
+
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    count_collective()
+    dist.all_reduce(tensor, op=op)
+
+
+def _broadcast_from_0(tensor: Tensor) -> None:
+    count_collective()
+    dist.broadcast(tensor, src=0)
+
+
+def _all_gather(all_W: Tensor, own: Tensor) -> None:
+    count_collective()
+    _torch_all_gather(all_W, own)
+
+
+def _reduce_scatter(own: Tensor, all_W: Tensor) -> None:
+    count_collective()
+    _torch_reduce_scatter(own, all_W)
+
+
+# --- who is there ----------------------------------------------------------------------------------------------------
 
 
 def num_ranks() -> int:
@@ -32,7 +59,7 @@ def own_rank() -> int:
 def barrier() -> None:
     """Wait for all ranks. On the CPU: it does not wait for the GPU's queue."""
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+        all_reduce(torch.zeros(1))
 
 
 # --- rows, with their gradient ---------------------------------------------------------------------------------------
@@ -137,7 +164,7 @@ def _reduce_scatter_sum(all_WF: Tensor) -> Tensor:
         _reduce_scatter(own_F, all_WF.contiguous().view(-1))
         return own_F
     summed_WF = all_WF.contiguous()  # gloo has no true reduce-scatter: its own version is this all-reduce as well
-    dist.all_reduce(summed_WF)
+    all_reduce(summed_WF)
     return summed_WF[own_rank()]
 
 
@@ -202,7 +229,7 @@ def agree(**numbers: float) -> dict[str, float]:
         + [-math.inf if math.isnan(v) else v for v in values],
         dtype=torch.float64,
     )
-    dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+    all_reduce(sent, op=dist.ReduceOp.MAX)
     received = sent.tolist()
     if received[0] != -received[1]:
         raise ValueError(f"the ranks asked to agree on different names; rank {own_rank()} has {', '.join(names)}")
@@ -215,7 +242,7 @@ def sum_over_ranks(**numbers: float) -> dict[str, float]:
     names = sorted(numbers)
     sent = torch.tensor([float(numbers[name]) for name in names], dtype=torch.float64)
     if num_ranks() > 1:
-        dist.all_reduce(sent)
+        all_reduce(sent)
     return dict(zip(names, sent.tolist(), strict=True))
 
 
@@ -239,16 +266,20 @@ def broadcast_json(value: Any) -> Any:
         return json.loads(_json_bytes(value))
     own = torch.frombuffer(bytearray(_json_bytes(value if own_rank() == 0 else None)), dtype=torch.uint8)
     size = torch.tensor([own.numel()])
-    dist.broadcast(size, src=0)
+    _broadcast_from_0(size)
     payload = own if own_rank() == 0 else own.new_empty(int(size))
-    dist.broadcast(payload, src=0)
+    _broadcast_from_0(payload)
     return json.loads(payload.numpy().tobytes())
+
+
+class FailedOnRank0(RuntimeError):
+    """What rank 0 was asked to do alone has failed there; rank 0 itself raises the error as it was."""
 
 
 def on_rank_0(action: Callable[[], Any]) -> Any:
     """Run `action` on rank 0 alone; its small JSON value, or its failure, reaches all ranks.
 
-    Rank 0 raises what `action` raised, the others a RuntimeError with its text: nobody waits for a rank that failed.
+    Rank 0 raises what `action` raised, the others a FailedOnRank0 with its text: nobody waits for a rank that failed.
     """
     failure, answer = None, None
     if own_rank() == 0:
@@ -260,7 +291,7 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
     if failure is not None:
         raise failure
     if "error" in answer:
-        raise RuntimeError(f"rank 0 failed: {answer['error']}")
+        raise FailedOnRank0(f"rank 0 failed: {answer['error']}")
     return answer["value"]
 
 

@@ -9,11 +9,10 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from distributed.collectives import gather_json, num_ranks
+from distributed.collectives import all_reduce, gather_json, num_ranks
 
 NamedParameters = Iterable[tuple[str, Tensor]]
 
@@ -36,7 +35,7 @@ def sync_gradients(params: Iterable[Parameter]) -> None:
     for group in by_kind.values():
         grads = [param.grad for param in group if param.grad is not None]
         flat = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(flat)
+        all_reduce(flat)
         parts = flat.split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from distributed.collectives import num_ranks
+from distributed.collectives import all_reduce, num_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def missing_gradients(named_params: NamedParameters) -> list[str]:
     trainable = [(name, param) for name, param in named_params if param.requires_grad]
     has_gradient = torch.tensor([param.grad is not None for _, param in trainable], dtype=torch.int32)
     if num_ranks() > 1 and trainable:
-        dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX)
+        all_reduce(has_gradient, op=dist.ReduceOp.MAX)
     return [name for (name, _), found in zip(trainable, has_gradient.tolist(), strict=True) if not found]
 
 

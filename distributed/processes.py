@@ -5,9 +5,12 @@ With them there is one group with two backends: gloo moves CPU tensors (ids, dec
 for the GPU's queue, and NCCL moves CUDA tensors (embeddings, gradients).
 """
 
+import ctypes
 import logging
 import os
 import secrets
+import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -16,10 +19,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from distributed import watch
+
 logger = logging.getLogger(__name__)
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STOP_LIMIT_S = 10.0  # within torchrun's 30 s between SIGTERM and SIGKILL
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 @dataclass(frozen=True)
@@ -67,32 +73,40 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    _follow_launcher()
     if world_size == 1:
         return World(rank, world_size, local_rank, chosen, "none", attempt)
 
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        port,
-        world_size,
-        is_master=rank == 0 and not agent_hosts,
-        timeout=timedelta(seconds=start_timeout_s),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+
+    def connect(is_host: bool) -> dist.TCPStore:
+        return dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            port,
+            world_size,
+            is_master=is_host,
+            timeout=timedelta(seconds=start_timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+
+    store = connect(is_host=rank == 0 and not agent_hosts)
+    prefix = _meet(store, rank, world_size, start_timeout_s)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(_meet(store, rank, world_size, start_timeout_s), store),
+        store=dist.PrefixStore(prefix, store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=collective_timeout_s),
     )
+    watch.start(dist.PrefixStore(prefix, connect(is_host=False)), rank, world_size, collective_timeout_s)
     return World(rank, world_size, local_rank, chosen, backend, attempt)
 
 
 def stop() -> None:
     """Leave the group. Safe on an error path: a peer that is stuck in a collective is waited for 10 s, no longer."""
+    watch.stop()
     if not dist.is_initialized():
         return
     device_index = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -109,6 +123,16 @@ def stop() -> None:
         logger.warning(
             "the process group did not close within %.0f s; leaving it to the end of the process", STOP_LIMIT_S
         )
+
+
+def _follow_launcher() -> None:
+    """Get SIGTERM when torchrun dies: it cannot tell its workers of its own SIGKILL, and they would train on unseen,
+    in the way of the next attempt. (Elsewhere than on Linux they go on until they are done.)"""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        logger.warning("prctl failed (%s): when torchrun dies, end its workers by hand", reason)
 
 
 def _meet(store: dist.TCPStore, rank: int, world_size: int, timeout_s: float) -> str:

@@ -25,7 +25,8 @@ class RunLock:
     """Keeps a second job out of a run directory for as long as this object, or the process of rank 0, lives.
 
     Collective. It is an flock on an open file: the system releases it even after a kill -9, so no lock goes stale.
-    Raises ValueError on all ranks (RuntimeError beyond rank 0) when another process holds it.
+    Raises ValueError on all ranks (RuntimeError beyond rank 0) when another process holds it, or when the folder cannot
+    be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -45,8 +46,16 @@ class RunLock:
         self.release()
 
     def _acquire(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.ENOTDIR):
+                raise
+            raise ValueError(
+                f"run directory {self.path.parent} cannot be written ({error.strerror}); "
+                "give another --runs_dir"
+            ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,12 +1,10 @@
-"""Which folder a run takes, what a checkpoint brings back, what a trained model leaves, how a signal stops it."""
+"""Which folder a run takes, what a checkpoint brings back, what a trained model leaves."""
 
 import json
-import os
+import logging
 import re
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +16,11 @@ from bin.optimizer import parameter_groups
 from bin.rundir import (
     Resumable,
     RunState,
-    StopRequest,
     choose_run_dir,
     load_checkpoint,
     save_checkpoint,
     save_trained,
+    tell_status,
 )
 from data.clips import load_clips
 from data.drops import DropLog
@@ -140,36 +138,12 @@ def test_the_choice_is_rank_0s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert given == [None]
 
 
-# --- stopping --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def earlier_handlers() -> Iterator[dict[int, Any]]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_the_flag_and_a_second_ctrl_c_interrupts(number: int, earlier_handlers: dict[int, Any]) -> None:
-    stop = StopRequest()
-    assert not stop.requested
-    os.kill(os.getpid(), number)
-    assert stop.requested
-    os.kill(os.getpid(), signal.SIGTERM)  # launchers repeat it
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-    stop.restore()
-    assert {n: signal.getsignal(n) for n in earlier_handlers} == earlier_handlers
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "state",
-    [RunState(), RunState(7, 2, 1, 0.25, 5, 1, True, BEFORE)],
+    [RunState(), RunState(7, 2, 1, 0.25, 5, 1, True, True, BEFORE)],
     ids=["fresh", "far"],
 )
 def test_the_state_survives_strict_json(state: RunState) -> None:
@@ -186,7 +160,7 @@ def test_a_checkpoint_brings_everything_back(start: Start, store: CheckpointStor
     step(first, 2)
     for recall in (0.3, 0.2, 0.2, 0.1):
         first.plateau.step(recall)
-    state = RunState(12, 4, 1, 0.3, 3, 2, False, BEFORE)
+    state = RunState(12, 4, 1, 0.3, 3, 2, False, False, BEFORE)
     bank = TermBank(torch.randn(5, 16), torch.arange(5), torch.arange(5) // 2)
     save_checkpoint(store, first, state, bank)
     saved = values(first)
@@ -335,3 +309,29 @@ def test_a_model_that_cannot_be_written_leaves_the_last_one(
     assert {path: path.read_bytes() for path in files} == files
     assert (tmp_path / "model_best.pt").read_bytes() == one_file
     assert not list(tmp_path.glob(".model_best*"))
+
+
+# --- what is left to do, and the status ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "is_over"),
+    [
+        (RunState(step=3, epoch=1), False),
+        (RunState(step=6, epoch=2), True),
+        (RunState(step=9, epoch=1), True),
+        (RunState(step=3, epoch=1, stopped_early=True), True),
+        (RunState(step=9, epoch=3, unmeasured=True), False),  # stopped within the last evaluation
+    ],
+)
+def test_what_is_left_to_do(state: RunState, is_over: bool) -> None:
+    assert state.is_over(total_steps=9, epochs=2) is is_over
+
+
+def test_a_status_that_cannot_be_written_is_told_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        tell_status(tmp_path / "file" / "run", "failed", RunState(step=4), "because")
+    assert "it should say failed: because" in caplog.text

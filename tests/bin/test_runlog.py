@@ -1,4 +1,4 @@
-"""What a run tells: strict metrics, no step twice, a log that says each thing once, tables that survive any text."""
+"""What a run tells: a log that says each thing once, tables that survive any text."""
 
 import io
 import json
@@ -14,14 +14,12 @@ import pytest
 from rich.console import Console
 
 import bin.runlog
-from bin.runlog import Interval, MetricsWriter, configure_logging, environment, progress_bar, show_examples, show_recall
+from bin.runlog import Interval, configure_logging, environment, progress_bar, show_examples, show_recall
 from data.clips import Clip
 from distributed.atomic import json_bytes
 from retrieval.metrics import EvalResult, SubsetMetrics
 
 logger = logging.getLogger("earmark")
-# TensorBoard's reader imports botocore, where that is installed.
-pytestmark = pytest.mark.filterwarnings("ignore:'cgi' is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -54,99 +52,6 @@ def strict(line: str) -> dict[str, Any]:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(line, parse_constant=refuse)
-
-
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    return [strict(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def scalars(run_dir: Path, key: str) -> list[tuple[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(run_dir / "tb"))
-    board.Reload()
-    return [(event.step, round(event.value, 6)) for event in board.Scalars(key)]
-
-
-# --- metrics ---------------------------------------------------------------------------------------------------------
-
-
-def test_metrics_are_strict_json_written_at_once(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
-    writer.write({"train/loss": 1.5, "train/grad_norm": float("inf"), "eval/mrr": float("nan")}, 3, 0.123456)
-    (line,) = lines_of(tmp_path)  # before the writer is closed: a killed run has told all it knew
-    writer.close()
-    assert isinstance(line.pop("time"), float)
-    assert line == {"step": 3, "epoch": 0.1235, "train/loss": 1.5, "train/grad_norm": None, "eval/mrr": None}
-
-
-def test_a_resumed_run_takes_out_what_it_will_do_again_and_half_a_line(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
-    for step in (0, 2, 4, 6):
-        writer.write({"train/loss": float(step)}, step, 0)
-    writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n"text"\n{"epoch": 1}\n{"step": 2, "train/lo')  # killed while it wrote
-    writer = MetricsWriter(tmp_path, tensorboard=False, resumed_step=4)
-    writer.write({"train/loss": 60.0}, 6, 0)
-    writer.close()
-    assert [(line["step"], line["train/loss"]) for line in lines_of(tmp_path)] == [(0, 0), (2, 2), (4, 4), (6, 60)]
-
-
-def test_a_run_that_starts_anew_keeps_nothing_of_one_that_had_no_checkpoint(tmp_path: Path) -> None:
-    for loss in (1.0, 2.0):
-        writer = MetricsWriter(tmp_path)
-        for step in range(3):
-            writer.write({"before/mrr": loss}, step, 0)
-            if loss == 2.0:
-                break
-        writer.close()
-    assert [(line["step"], line["before/mrr"]) for line in lines_of(tmp_path)] == [(0, 2.0)]
-    assert scalars(tmp_path, "before/mrr") == [(0, 2.0)]
-
-
-def test_tensorboard_gets_the_same_numbers_and_forgets_steps_done_again(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
-    for step in (0, 2, 4):
-        writer.write({"train/loss": step / 4}, step, 0)
-    writer.close()
-    writer = MetricsWriter(tmp_path, resumed_step=2)
-    writer.write({"train/loss": 9.0}, 4, 0)
-    writer.close()
-    assert scalars(tmp_path, "train/loss") == [(0, 0.0), (2, 0.5), (4, 9.0)]
-    assert not list(tmp_path.glob("*tfevents*")), "events belong into tb/"
-
-
-def test_without_tensorboard_there_is_no_folder(tmp_path: Path) -> None:
-    MetricsWriter(tmp_path, tensorboard=False).close()
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_wandb_gets_the_same_numbers_under_the_runs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-    session = SimpleNamespace(
-        log=lambda numbers, step: told.append((numbers, step)), finish=lambda: told.append("finished")
-    )
-
-    def init(**settings: Any) -> SimpleNamespace:
-        told.append(settings)
-        return session
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    writer = MetricsWriter(tmp_path / ".", False, "terms", {"train": {"lr": 1}})
-    writer.write({"train/loss": 1.0}, 5, 0.5)
-    writer.close()
-    settings, *rest = told
-    assert (settings["project"], settings["name"], settings["config"]) == ("terms", tmp_path.name, {"train": {"lr": 1}})
-    assert settings["id"] == tmp_path.name
-    assert settings["resume"] == "allow"
-    assert rest == [({"train/loss": 1.0}, 5), "finished"]
-
-
-def test_wandb_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="wandb_project: the wandb package is missing; pip install wandb"):
-        MetricsWriter(tmp_path, False, "terms")
 
 
 def test_an_interval_counts_all_ranks_clips_and_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +108,30 @@ def test_configuring_twice_does_not_say_things_twice(capsys: pytest.CaptureFixtu
     configure_logging(0, None)
     logger.info("once")
     assert capsys.readouterr().out.count("once") == 1
+
+
+def test_a_full_log_disk_is_told_once_and_the_console_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(0, Path("/dev/full"))
+    for step in range(3):
+        logging.getLogger("x").info("step %d", step)
+    out, err = capsys.readouterr()
+    assert out.count("log file /dev/full cannot be written") == 1
+    assert [f"step {i}" in out for i in range(3)] == [True] * 3
+    assert "Traceback" not in err
+
+
+def test_secrets_are_not_in_the_log_nor_on_the_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary_0123")
+    configure_logging(0, tmp_path / "train.log")
+    try:
+        raise ValueError("no access with hf_canary_0123")
+    except ValueError:
+        logging.getLogger("x").exception("failed")  # the traceback too
+    for text in (capsys.readouterr().out, (tmp_path / "train.log").read_text()):
+        assert "<HF_TOKEN>" in text
+        assert "canary" not in text
 
 
 # --- progress, tables, environment -----------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""The watch over the ranks: who is behind, who is silent, who speaks. (In a real run: tests/faults.)"""
+
+import json
+import logging
+import threading
+
+import pytest
+
+from distributed import watch
+from distributed.watch import RankWatch
+
+
+class Store(dict):
+    """What the watch uses of a torch store."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+class Ranks:
+    """Watches of several ranks over one store, with a clock of their own."""
+
+    def __init__(self, world_size: int, time_limit_s: float = 80.0) -> None:
+        self.store, self.counts, self.places = Store(), [5] * world_size, ["bin/train.py:1 train"] * world_size
+        self.alive = set(range(world_size))
+        self.watches = [
+            RankWatch(
+                self.store, r, world_size, time_limit_s, lambda r=r: self.counts[r], lambda r=r: self.places[r]
+            )
+            for r in range(world_size)
+        ]
+        self.now = self.watches[0]._since
+
+    def run(self, seconds: float) -> None:
+        every_s = self.watches[0].every_s
+        for _ in range(round(seconds / every_s)):
+            self.now += every_s
+            for r in sorted(self.alive):
+                self.watches[r].beat(self.now)
+
+
+def test_the_rank_with_fewer_collectives_is_named_once_with_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    ranks = Ranks(3)
+    ranks.counts, ranks.places[1] = [6, 5, 6], "data/audio.py:88 decode"
+    with caplog.at_level(logging.WARNING):
+        ranks.run(35.0)
+        assert not caplog.records  # half the limit is not over
+        ranks.run(45.0)
+    assert [r.getMessage() for r in caplog.records] == ["waiting for 40 s: rank 1 is at data/audio.py:88 decode"]
+    assert ranks.watches[2].verdict == "rank 1 is at data/audio.py:88 decode"  # for the error at the limit
+
+
+def test_a_stopped_rank_is_named_by_the_first_that_waits(caplog: pytest.LogCaptureFixture) -> None:
+    ranks = Ranks(3)
+    ranks.run(1 * ranks.watches[0].every_s)
+    ranks.alive.discard(0)
+    ranks.counts = [5, 6, 6]
+    with caplog.at_level(logging.WARNING):
+        ranks.run(60.0)
+    assert len(caplog.records) == 1
+    assert "rank 0 does not answer, last seen at bin/train.py:1 train" in caplog.text
+
+
+def test_a_rank_that_never_came_is_named() -> None:
+    ranks = Ranks(2)
+    ranks.alive = {0}
+    ranks.run(60.0)
+    assert ranks.watches[0].verdict == "rank 1 never reported"
+
+
+def test_nothing_is_read_or_said_while_the_ranks_move(caplog: pytest.LogCaptureFixture) -> None:
+    ranks = Ranks(2)
+    with caplog.at_level(logging.WARNING):
+        for step in range(12):
+            ranks.counts = [6 + step, 6 + step]
+            ranks.run(10.0)
+    assert not caplog.records
+    assert ranks.watches[0]._seen == {}
+    assert ranks.watches[0].verdict == ""
+
+
+def test_the_verdict_goes_when_the_wait_is_over() -> None:
+    ranks = Ranks(2)
+    ranks.counts = [6, 5]
+    ranks.run(60.0)
+    assert ranks.watches[0].verdict
+    ranks.counts = [7, 7]
+    ranks.run(10.0)
+    assert ranks.watches[0].verdict == ""
+
+
+def test_the_thread_posts_where_the_main_thread_is_and_ends() -> None:
+    store = Store()
+    watch.start(store, 0, 1, 2.0)  # type: ignore[arg-type]
+    threads = [t for t in threading.enumerate() if t.name == "rank-watch"]
+    for _ in range(400):
+        if "watch-0" in store:
+            break
+        threads[0].join(0.01)
+    assert "no line of this program" in json.loads(store["watch-0"])["at"] or "tests/" in store["watch-0"]
+    assert watch.blame() == ""
+    watch.stop()
+    threads[0].join(5.0)
+    assert not threads[0].is_alive()

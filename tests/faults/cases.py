@@ -1,0 +1,385 @@
+"""The faults: each function disturbs one run and returns what came of it. See soak.py."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distributed.atomic import damage
+from tests.faults.job import Job, Workshop
+
+GRACE_S = 30.0  # torchrun's, between SIGTERM and SIGKILL
+KILOBYTES_OF_DISK = 700
+
+
+@dataclass
+class Outcome:
+    """survived: came to its end after the fault, or refused as it should. equal: bit for bit; None: not to be had."""
+
+    survived: bool
+    equal: bool | None
+    leftovers: list[str]
+    note: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        return self.survived and self.equal is not False and not self.leftovers
+
+
+class Skipped(Exception):
+    """The fault cannot be made here; the reason is shown."""
+
+
+Case = Callable[[Workshop, str, random.Random], Outcome]
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    case: Case
+    every_round: bool = True  # else once a soak: nothing in it is left to chance
+    in_ci: bool = False
+
+
+def compared(job: Job, *more: str) -> Outcome:
+    """Resume to the end, and compare with the undisturbed run."""
+    reference = job.shop.reference(*more)
+    job.finish()
+    return Outcome(True, job.trained() == reference, job.leftovers())
+
+
+# --- SIGKILL ---------------------------------------------------------------------------------------------------------
+
+
+def kill(target: str, launcher: str, moment: Literal["any", "save"] = "any") -> Case:
+    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+        reference = shop.reference()
+        job = Job(shop, name, launcher=launcher)
+        job.start("slow_steps:30")
+        if moment == "save":
+            nth = chance.randrange(1, 7)  # checkpoints and best models are both saves
+            for i in range(nth):
+                if i:
+                    job.until(lambda: not job.is_saving())
+                job.until(job.is_saving)
+            where = f"save {nth}"
+        else:
+            if launcher == "torchrun":
+                job.until(job.dir.exists)
+            delay_s = chance.uniform(0.0, 2.0)
+            time.sleep(delay_s)
+            where = f"{delay_s:.2f} s"
+        hit = job.kill(target)
+        job.wait()
+        job.until_gone()
+        stopped_at = job.status()
+        job.launcher = "nursery"
+        job.finish()
+        equal = job.trained() == reference
+        return Outcome(True, equal, job.leftovers(), f"{where}, {stopped_at['state']}" + ("" if hit else ", too late"))
+
+    return case
+
+
+def kill_a_loader_worker(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    """To be had as soon as the loader works with processes: children of the ranks."""
+    reference = shop.reference()
+    job = Job(shop, name)
+    job.start("slow_steps:50")
+    job.until(lambda: job.checkpoints())
+    children = [
+        int(pid)
+        for rank in job.rank_pids()
+        for pid in subprocess.run(["pgrep", "-P", str(rank)], capture_output=True, text=True).stdout.split()
+    ]
+    if not children:
+        job.wait()
+        raise Skipped("the loader works with threads, which cannot be killed")
+    victim = chance.choice(children)
+    subprocess.run(["kill", "-KILL", str(victim)], check=False)
+    job.wait()
+    told = job.told()
+    state = job.status()["state"]
+    job.finish()
+    survived = state == "finished" or "worker" in told  # either mended on the spot, or named in the error
+    return Outcome(survived, job.trained() == reference, job.leftovers(), f"then {state}")
+
+
+# --- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+
+def terminated(fault: str, states: tuple[str, ...] = ("preempted",)) -> Case:
+    """SIGTERM on all ranks at a place in the program, as torchrun hands it on."""
+
+    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+        planted = fault.replace("?", str(chance.randrange(1, 9)))
+        job = Job(shop, name)
+        asked = time.monotonic()
+        job.start(planted)
+        codes = job.wait()
+        status, seconds = job.status(), time.monotonic() - asked
+        saved = job.checkpoints()
+        good = codes == [0, 0] and status["state"] in states and seconds < GRACE_S
+        if status["step"]:
+            good = good and saved[-1].name == f"step-{status['step']:08d}" and damage(saved[-1]) is None
+        outcome = compared(job)
+        outcome.survived = good
+        outcome.note = f"{planted}: {status['state']} at step {status['step']}, codes {codes}"
+        return outcome
+
+    return case
+
+
+def terminate_torchrun(times: int) -> Case:
+    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+        job = Job(shop, name, launcher="torchrun")
+        job.start("slow_steps:100")
+        job.until(lambda: job.status()["state"] == "training" and job.status()["step"] == 0 and job.dir.exists())
+        time.sleep(chance.uniform(0.0, 1.0))
+        asked = time.monotonic()
+        for _ in range(times):
+            job.kill("torchrun", signal.SIGTERM)
+            time.sleep(0.05)
+        job.wait()
+        job.until_gone()
+        seconds, status = time.monotonic() - asked, job.status()
+        good = status["state"] == "preempted" and seconds < GRACE_S and bool(job.checkpoints())
+        job.launcher = "nursery"
+        outcome = compared(job)
+        outcome.survived = good
+        outcome.note = f"{status['state']} at step {status['step']} after {seconds:.1f} s"
+        return outcome
+
+    return case
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+class Mount:
+    """A small file system in memory; Skipped where this process may not mount."""
+
+    def __init__(self, folder: Path, options: str) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._mount(options)
+
+    def _mount(self, options: str) -> None:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise Skipped(f"mount is not allowed here ({done.stderr.strip()})")
+
+    def remount(self, options: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(self.folder)], check=True)
+
+    def __enter__(self) -> "Mount":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+
+def full_disk(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    """A disk of a few hundred kilobytes; after the failure it is made larger."""
+    reference = shop.reference("--keep_checkpoints", "99")
+    size = KILOBYTES_OF_DISK + chance.randrange(0, 300)
+    with Mount(shop.folder / f"disk-{name}", f"size={size}k") as disk:
+        job = Job(shop, name, ("--keep_checkpoints", "99"), runs_dir=disk.folder)
+        job.start()
+        codes = job.wait()
+        good = codes != [0, 0] and "No space left on device" in job.told()
+        damaged = [str(p) for p in job.checkpoints() if damage(p) is not None]
+        disk.remount("size=64m")
+        job.finish()
+        outcome = Outcome(good and not damaged, job.trained() == reference, job.leftovers(), f"{size} kB")
+    return outcome
+
+
+def write_limit(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    """The kernel refuses the bytes of a file half-way, on every rank, without any need to mount."""
+    reference = shop.reference()
+    job = Job(shop, name)
+    job.start("slow_steps:1")
+    job.until(lambda: job.checkpoints())
+    job.kill("all")
+    job.wait()
+    largest = max(p.stat().st_size for p in job.checkpoints()[-1].iterdir()) // 1024
+    job.start(f"small_disk:{chance.randrange(largest // 2, largest)}")
+    codes = job.wait()
+    good = codes != [0, 0] and ("was not saved" in job.told() or "File too large" in job.told())
+    good = good and job.status()["state"] == "failed" and all(damage(p) is None for p in job.checkpoints())
+    job.finish()
+    return Outcome(good, job.trained() == reference, job.leftovers())
+
+
+def read_only(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    with Mount(shop.folder / f"disk-{name}", "ro,size=1m") as disk:
+        job = Job(shop, name, runs_dir=disk.folder)
+        job.start()
+        codes = job.wait(60)
+        told = job.told()
+        good = codes[0] == 2 and "cannot be written (Read-only file system)" in told and "--runs_dir" in told
+        disk.remount("rw,size=64m")
+        outcome = compared(job)
+        outcome.survived = good
+    return outcome
+
+
+def log_disk_gone(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    reference = shop.reference()
+    job = Job(shop, name, ("--tensorboard",))
+    job.start(f"log_disk_gone:{chance.randrange(2, 9)}")
+    codes = job.wait()
+    told = job.told()
+    good = codes == [0, 0] and job.status()["state"] == "finished"
+    good = good and told.count("metrics.jsonl cannot be written") == 1 and told.count("log file") == 1
+    return Outcome(good, job.trained() == reference, job.leftovers())
+
+
+# --- damaged checkpoints ---------------------------------------------------------------------------------------------
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 4
+    file.write_bytes(content)
+
+
+def damaged_checkpoint(every_file: bool) -> Case:
+    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+        reference = shop.reference()
+        original = Job(shop, f"{name}-original")
+        original.start("term_mid_step:7")
+        original.wait()
+        newest, previous = original.checkpoints()[-1], original.checkpoints()[-2]
+        files = sorted(p.name for p in newest.iterdir())
+        todo = [(file, harm) for file in files for harm in (truncate, flip_a_bit, Path.unlink)]
+        bad = []
+        todo = todo if every_file else chance.sample(todo, 1)
+        for i, (file, harm) in enumerate(todo):
+            job = Job(shop, f"{name}-{i}")
+            shutil.copytree(original.dir, job.dir)
+            harm(job.dir / "checkpoints" / newest.name / file)
+            job.start()
+            codes = job.wait()
+            said = "is damaged and passed over" in job.told() and f"falling back to checkpoint {job.dir}" in job.told()
+            went_on = f"{previous.name}: step" in job.told() and codes == [0, 0]
+            if not (said and went_on and job.trained() == reference) or job.leftovers():
+                bad.append(f"{file} {harm.__name__}")
+            shutil.rmtree(job.dir)
+        return Outcome(not bad, not bad, [], f"{len(todo)} damages" + (f", bad: {bad}" if bad else ""))
+
+    return case
+
+
+# --- ranks, clocks, neighbours ---------------------------------------------------------------------------------------
+
+
+def stalled(fault: str, words: str) -> Case:
+    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+        reference = shop.reference()
+        job = Job(shop, name, grace_s=1.0)
+        asked = time.monotonic()
+        job.start(f"{fault}:{chance.randrange(2, 9)}", "--collective_timeout_s", "4")
+        codes = job.wait(60)
+        seconds, status, told = time.monotonic() - asked, job.status(), job.told()
+        named = words in told and words in status["message"]
+        job.finish()
+        note = f"ended after {seconds:.1f} s, codes {codes}" + ("" if named else f"; not named: {status}")
+        return Outcome(named and 0 not in codes, job.trained() == reference, job.leftovers(), note)
+
+    return case
+
+
+def second_job(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    reference = shop.reference()
+    first, second = Job(shop, name), Job(shop, name)
+    first.start("slow_steps:150")
+    first.until(lambda: first.status()["state"] == "training")
+    told_first = first.out
+    told_first.rename(told_first.with_suffix(".first"))
+    asked = time.monotonic()
+    second.start()
+    codes = second.wait(60)
+    seconds = time.monotonic() - asked
+    refused = codes[0] == 2 and "is in use by process" in second.told() and not first.is_over()
+    codes = first.wait()
+    good = refused and codes == [0, 0] and first.status()["state"] == "finished"
+    return Outcome(good, first.trained() == reference, first.leftovers(), f"refused after {seconds:.1f} s")
+
+
+def other_world_sizes(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    """2 -> 1 -> 2 ranks. Sums over ranks round differently, so the losses agree to 1e-4 and not bit for bit."""
+    more = ("--tower_dropout", "0", "--lr", "1e-3")
+    shop.reference(*more)
+    undisturbed = Job(shop, f"undisturbed-{list(shop.references).index(more)}")
+    job = Job(shop, name, more)
+    job.start("term_mid_step:4")
+    good = job.wait() == [0, 0] and job.status()["state"] == "preempted"
+    job.ranks = 1
+    job.start("term_mid_step:4")
+    good = good and job.wait() == [0] and job.status()["state"] == "preempted"
+    job.ranks = 2
+    job.finish()
+    ours, theirs = job.losses(), undisturbed.losses()
+    furthest = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    return Outcome(good and furthest < 1e-4, None, job.leftovers(), f"losses within {furthest:.0e}")
+
+
+def clock_set_back(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    reference = shop.reference()
+    job = Job(shop, name)
+    job.start("term_mid_step:5")
+    job.wait()
+    job.start("clock_goes_back:0")  # the next machine's clock is a day behind
+    codes = job.wait()
+    steps_in_order = job.metric_steps() == sorted(job.metric_steps())
+    within = Job(shop, f"{name}-within")
+    within.start("clock_goes_back:5")
+    codes += within.wait()
+    good = codes == [0, 0, 0, 0] and steps_in_order and within.status()["state"] == "finished"
+    equal = job.trained() == reference and within.trained() == reference
+    return Outcome(good, equal, job.leftovers() + within.leftovers())
+
+
+TABLE = (
+    Row("SIGKILL of one rank, any moment", kill("rank1", "nursery"), in_ci=True),
+    Row("SIGKILL of rank 0, any moment", kill("rank0", "nursery")),
+    Row("SIGKILL of one rank inside a save", kill("rank1", "nursery", "save")),
+    Row("SIGKILL of rank 0 inside a save", kill("rank0", "nursery", "save"), in_ci=True),
+    Row("SIGKILL of all ranks inside a save", kill("all", "nursery", "save")),
+    Row("SIGKILL of one rank under torchrun", kill("rank1", "torchrun")),
+    Row("SIGKILL of torchrun", kill("torchrun", "torchrun"), in_ci=True),
+    Row("SIGKILL of torchrun inside a save", kill("torchrun", "torchrun", "save")),
+    Row("SIGKILL of a loader worker", kill_a_loader_worker, in_ci=True),
+    Row("SIGTERM while starting", terminated("term_at_start:1"), every_round=False),
+    Row("SIGTERM in a step", terminated("term_mid_step:?"), in_ci=True),
+    Row("SIGTERM in evaluation", terminated("term_in_evaluation:3"), every_round=False, in_ci=True),
+    Row("SIGTERM while the glossary is embedded", terminated("term_in_evaluation:2"), every_round=False),
+    Row("SIGTERM in a save", terminated("term_in_save:?"), in_ci=True),
+    Row("SIGTERM twice in a row", terminated("term_twice:?")),
+    Row("SIGTERM to torchrun", terminate_torchrun(1)),
+    Row("SIGTERM to torchrun, twice", terminate_torchrun(2)),
+    Row("disk full", full_disk, in_ci=True),
+    Row("write refused half-way through a file", write_limit),
+    Row("run directory read-only", read_only, every_round=False, in_ci=True),
+    Row("log disk gone", log_disk_gone, in_ci=True),
+    Row("a checkpoint file damaged, one at random", damaged_checkpoint(every_file=False), in_ci=True),
+    Row("every checkpoint file damaged in every way", damaged_checkpoint(every_file=True), every_round=False),
+    Row("a rank stopped", stalled("stop_one_rank", "rank 1 does not answer"), every_round=False, in_ci=True),
+    Row("a rank stalled", stalled("stall_one_rank", "rank 1 is at tests/faults/rank.py"), every_round=False),
+    Row("two jobs on one run directory", second_job, every_round=False, in_ci=True),
+    Row("world size 2 -> 1 -> 2", other_world_sizes, every_round=False, in_ci=True),
+    Row("clock set back a day", clock_set_back, every_round=False),
+)
