@@ -1,0 +1,70 @@
+"""Stand-ins for launchers' tests: a python that writes torchrun's argv down, an nvidia-smi with GPUs of one's choice."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Records `-m torch.distributed.run ...` with the variables that matter, one argument a line, and is the real one otherwise.
+PYTHON = f"""#!/usr/bin/env bash
+case "$*" in
+    "-m torch.distributed.run"*) shift 2; printf '%s\\n' "$@" >> "$RECORD"
+        printf 'OMP_NUM_THREADS=%s\\nCUDA_VISIBLE_DEVICES=%s\\n--\\n' "$OMP_NUM_THREADS" "${{CUDA_VISIBLE_DEVICES:-}}" >> "$RECORD" ;;
+    "-m pip install"*) ;;
+    *sys.executable*) echo "$0" ;;
+    *) exec "{sys.executable}" "$@" ;;
+esac
+"""  # noqa: E501
+
+GPU_LINE = "{index}, 570.86, 40960, {free}"
+
+
+def write_program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Launcher:
+    """Runs a launcher with stand-ins before everything else on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tools, self.record = folder, folder / "tools", folder / "record"
+        self.python = write_program(self.tools / "python3", PYTHON)
+
+    def gpus(self, free: list[int]) -> None:
+        """An nvidia-smi with one GPU for each amount of free memory, in MiB."""
+        lines = "\\n".join(GPU_LINE.format(index=i, free=mib) for i, mib in enumerate(free))
+        write_program(self.tools / "nvidia-smi", f"#!/bin/sh\nprintf '{lines}\\n'\n")
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        ours = ("EARMARK_", "OMP_", "CUDA_", "SLURM_", "SKYPILOT_", "GPUS", "NNODES", "NODE_RANK", "MASTER_", "REHEARSE")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+        path = f"{self.tools}:{os.environ['PATH']}"
+        stand_ins = {"PATH": path, "PYTHON": str(self.python), "EARMARK_VENV": "none", "RECORD": str(self.record)}
+        return {**inherited, **stand_ins, **extra}
+
+    def __call__(self, command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment(**extra),
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+
+    def torchruns(self) -> list[list[str]]:
+        """The arguments of each torchrun that was started, and its variables at the end."""
+        text = self.record.read_text() if self.record.exists() else ""
+        return [block.strip("\n").split("\n") for block in text.split("--\n")[:-1]]
+
+
+def training_flags(arguments: list[str]) -> list[str]:
+    """What bin/train.py was given, of a recorded torchrun."""
+    program = next(i for i, argument in enumerate(arguments) if argument.endswith("bin/train.py"))
+    return [a for a in arguments[program + 1 :] if not a.startswith(("OMP_NUM_THREADS=", "CUDA_VISIBLE_DEVICES="))]
