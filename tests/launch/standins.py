@@ -7,13 +7,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Records `-m torch.distributed.run ...` with the variables that matter, one argument a line, and is the real one otherwise.
+# Writes down `-m torch.distributed.run ...`, one argument a line, and leaves a status as a run of that name would. Checks
+# of bin/preflight.py are left out where PLAN is given, since they take seconds. It is the real python otherwise.
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
     "-m torch.distributed.run"*) shift 2; printf '%s\\n' "$@" >> "$RECORD"
-        printf 'OMP_NUM_THREADS=%s\\nCUDA_VISIBLE_DEVICES=%s\\n--\\n' "$OMP_NUM_THREADS" "${{CUDA_VISIBLE_DEVICES:-}}" >> "$RECORD" ;;
+        printf 'OMP_NUM_THREADS=%s\\nCUDA_VISIBLE_DEVICES=%s\\n--\\n' "$OMP_NUM_THREADS" "${{CUDA_VISIBLE_DEVICES:-}}" >> "$RECORD"
+        if [[ -n "${{STATUS:-}}" ]]; then mkdir -p "runs/${{@: -1}}"; echo "$STATUS" > "runs/${{@: -1}}/status.json"; fi ;;
     "-m pip install"*) ;;
     *sys.executable*) echo "$0" ;;
+    */bin/preflight.py*) if [[ -n "${{PLAN:-}}" ]]; then echo "$PLAN"; else exec "{sys.executable}" "$@"; fi ;;
+    */launch/attempts.py*) exec "{sys.executable}" "$@" ;;
+    */bin/train.py*) printf 'train.py %s\\n' "${{*:2}}" ;;
     *) exec "{sys.executable}" "$@" ;;
 esac
 """  # noqa: E501
