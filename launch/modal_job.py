@@ -89,6 +89,14 @@ def supervise(command: list[str], run_dir: Path, commit: Callable[[], None], lim
     return process.returncode
 
 
+def commit_runs() -> None:
+    """Make the runs volume's state durable. A failure is told, and the next checkpoint tries again."""
+    try:
+        setup.runs_volume.commit()
+    except modal.exception.Error as error:
+        print(f"the volume could not be committed: {error}", flush=True)
+
+
 @app.function(image=image, cpu=4, memory=16384, timeout=3600, volumes=setup.VOLUMES)
 def preflight(run_name: str, num_gpus: int, flags: list[str]) -> dict[str, Any]:
     """Settings and data, checked where they will be used, without a GPU. {"error": one line} for a fault."""
@@ -124,7 +132,7 @@ def train(run_name: str, num_gpus: int, flags: list[str], origin: dict[str, str]
         *(sys.executable, f"{setup.REPO}/launch/attempts.py", "--run_dir", str(run_dir), "--retries", "1", "--"),
         *(*torchrun, f"{setup.REPO}/bin/train.py", *trainer_flags(run_name, flags)),
     ]
-    code = supervise(command, run_dir, setup.runs_volume.commit, ATTEMPT_S - SPARE_S)
+    code = supervise(command, run_dir, commit_runs, ATTEMPT_S - SPARE_S)
     status = read_json(run_dir / "status.json")
     if code not in (0, WRONG):
         raise RuntimeError(f"attempt ended with {code}: {status.get('state')} at step {status.get('step')}")
@@ -245,9 +253,10 @@ def main(*argv: str) -> None:
             modal_files.fetch(setup.runs_volume, rest)
         elif command == "train":
             result = start_training(rest)
-            print(json.dumps(result, indent=1))
             if result["exit_code"]:
                 fail(str(result["status"].get("message", "see the log above")))
+            shown = {k: v for k, v in result["metrics"].items() if k.startswith(("test/recall@", "train/clips_per_s"))}
+            print(json.dumps(result | {"metrics": shown}, indent=1))
             print(f"results: modal run launch/modal_job.py fetch {result['run_name']}")
         elif command in ("evaluate", "retrieve"):
             if not rest or rest[0].startswith("-"):

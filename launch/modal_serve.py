@@ -17,7 +17,7 @@ import modal
 import modal_setup as setup
 
 PORT = 8765
-CHOICES = ("EARMARK_RUN", "EARMARK_GLOSSARY", "EARMARK_INDEX")  # carried into the container by the image's variables
+CHOICES = ("EARMARK_RUN", "EARMARK_GLOSSARY", "EARMARK_INDEX")  # of the shell that deploys, carried into the container
 
 app = modal.App("earmark-serve")
 image = setup.build_image("serve")
@@ -25,10 +25,6 @@ gpu = os.environ.get("EARMARK_SERVE_GPU", "L4")
 most = int(os.environ.get("EARMARK_MAX_CONTAINERS", "4"))
 if modal.is_local():
     setup.parse_gpu(gpu)
-    # Variables of the image come before its files, so the image of files is not built upon.
-    choices = {name: os.environ.get(name, "") for name in CHOICES}
-else:
-    choices = {}
 
 
 def command(run: str, glossary: str, index: str) -> list[str]:
@@ -49,7 +45,7 @@ def command(run: str, glossary: str, index: str) -> list[str]:
     memory=16_384,
     volumes={**setup.VOLUMES, setup.RUNS: setup.runs_volume.read_only()},
     secrets=[modal.Secret.from_name("earmark-serve", required_keys=["EARMARK_TOKEN"])],
-    env=choices,
+    env={name: os.environ.get(name, "") for name in CHOICES},
     min_containers=0,
     max_containers=most,
     scaledown_window=300,
