@@ -53,7 +53,7 @@ def check_devices(config: Config, processes: int) -> None:
         if torch.version.cuda is None:
             why = f"this torch {torch.__version__} is a CPU build; install one with CUDA (launch/setup.sh does)"
         else:
-            why = f"torch {torch.__version__} wants CUDA {torch.version.cuda}, which needs a newer driver or a visible GPU"
+            why = f"torch {torch.__version__} wants CUDA {torch.version.cuda}: a newer driver, or a visible GPU"
         raise ValueError(f"device: torch finds no GPU: {why}; --device cpu trains without")
     if torch.cuda.device_count() < processes:
         raise ValueError(
@@ -95,7 +95,9 @@ def count_steps(config: Config) -> dict[str, Any]:
     """Read the data as a run would, and count. Raises ValueError for what the run would refuse."""
     alone = World(0, 1, 0, torch.device("cpu"), "none", 0)
     found = load_datasets(config.data, alone, None)
-    num_clips = len(found.train) + (0 if found.windows is None else round(config.data.window_fraction * len(found.train)))
+    num_clips = len(found.train) + (
+        0 if found.windows is None else round(config.data.window_fraction * len(found.train))
+    )
     steps = config.train.epochs * max(1, num_clips // config.train.batch_size)
     steps = min(steps, config.train.max_steps or steps)
     return {

@@ -2,8 +2,8 @@
 
     python launch/gpu_use.py RUN_DIR [--interval_s 10]
 
-Goes on until SIGTERM or SIGINT. Curves go to <run>/tb/gpu_node<NODE_RANK>/ over the step that metrics.jsonl has reached,
-as far as the run keeps a tb/ folder; all figures at the end to <run>/gpu_use_node<NODE_RANK>.json. GPUs outside
+Goes on until SIGTERM or SIGINT. Curves go to <run>/tb/gpu_node<NODE_RANK>/ over the step that metrics.jsonl has
+reached, if the run has a tb/ folder; all figures at the end to <run>/gpu_use_node<NODE_RANK>.json. GPUs outside
 CUDA_VISIBLE_DEVICES are left out.
 """
 
@@ -88,7 +88,7 @@ def reached_step(run_dir: Path) -> int:
 
 
 class Curves:
-    """Writes scalars with TensorBoard's own writer, which needs no torch. Waits for the trainer to make <run>/tb."""
+    """Writes scalars with TensorBoard's own writer, which needs no torch, once the trainer has made <run>/tb."""
 
     def __init__(self, run_dir: Path, node: str) -> None:
         self._parent, self._folder, self._writer = run_dir / "tb", run_dir / "tb" / f"gpu_node{node}", None
@@ -123,14 +123,12 @@ def table(uses: dict[str, Use], num_samples: int, seconds: float) -> str:
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    lines = [f"GPU use, {num_samples} samples in {seconds:.0f} s:   busy   peak memory (MiB)      power  hottest"]
+    lines = [f"GPU use, {num_samples} samples in {seconds:.0f} s: busy on average, peak memory, power on average, hottest"]
     for index, use in sorted(uses.items(), key=lambda item: int(item[0])):
-        busy, power = use.mean("utilization.gpu"), use.mean("power.draw")
-        memory, heat = use.peaks.get("memory.used"), use.peaks.get("temperature.gpu")
-        lines.append(
-            f"  GPU {index:>2s}  {shown(busy, '.0f'):>30s} %  {shown(memory, '.0f'):>8s} of {use.memory_total_mib:<8.0f}"
-            f" {shown(power, '.0f'):>5s} W  {shown(heat, '.0f'):>4s} C"
-        )
+        busy, power = shown(use.mean("utilization.gpu"), ".0f"), shown(use.mean("power.draw"), ".0f")
+        memory, heat = shown(use.peaks.get("memory.used"), ".0f"), shown(use.peaks.get("temperature.gpu"), ".0f")
+        memory = f"{memory:>6s} of {use.memory_total_mib:.0f} MiB"
+        lines.append(f"  GPU {index:>2s}  {busy:>3s} %  {memory}  {power:>4s} W  {heat:>3s} C")
     return "\n".join(lines)
 
 

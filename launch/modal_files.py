@@ -103,7 +103,9 @@ def fetch(volume: modal.Volume, argv: list[str]) -> None:
     try:
         entries = [e for e in volume.iterdir(f"/{given.run}", recursive=True) if e.type.name == "FILE"]
     except (FileNotFoundError, modal.exception.NotFoundError):
-        raise ValueError(f"fetch: there is no run {given.run!r} on the volume; see: modal volume ls earmark-runs") from None
+        raise ValueError(
+            f"fetch: there is no run {given.run!r} on the volume; see: modal volume ls earmark-runs"
+        ) from None
     fetched = num_bytes = 0
     for entry in entries:
         inside = PurePosixPath(entry.path.lstrip("/")).relative_to(given.run)

@@ -16,8 +16,8 @@
     --hf_secret NAME    Modal secret with HF_TOKEN (default: none, as the published model is open)
     --wandb_secret NAME Modal secret with WANDB_API_KEY (default wandb-secret), used only with --wandb_project
 
-Before any GPU starts, settings and data are checked in a small container. A preempted or failed attempt goes on from its
-newest checkpoint. Other GPUs, retries and places: launch/modal_setup.py.
+Before any GPU starts, settings and data are checked in a small container. A preempted or failed attempt goes on from
+its newest checkpoint. Other GPUs, retries and places: launch/modal_setup.py.
 """
 
 import argparse
@@ -222,8 +222,8 @@ def start_training(argv: list[str]) -> dict[str, Any]:
     )
     if own.max_cost is not None and dollars > own.max_cost:
         fail(
-            f"nothing was started: the estimate of {dollars:.0f} $ is above --max_cost {own.max_cost:g}. Fewer --epochs, "
-            "--max_steps, another --gpu, or --clips_per_s as an earlier run's log shows it"
+            f"nothing was started: the estimate of {dollars:.0f} $ is above --max_cost {own.max_cost:g}. Fewer "
+            "--epochs, --max_steps, another --gpu, or --clips_per_s as an earlier run's log shows it"
         )
     cores, memory = setup.resources(gpu, count)
     options: dict[str, Any] = {"gpu": f"{gpu}:{count}", "cpu": cores, "memory": memory}
@@ -239,7 +239,7 @@ def start_training(argv: list[str]) -> dict[str, Any]:
 
 @app.local_entrypoint()
 def main(*argv: str) -> None:
-    """upload PATH [--to FOLDER] | train [FLAG ...] | evaluate RUN [FLAG ...] | retrieve RUN [FLAG ...] | fetch RUN [--all]
+    """upload PATH | train [FLAG ...] | evaluate RUN [FLAG ...] | retrieve RUN [FLAG ...] | fetch RUN [--all]
 
     Flags of the programs are passed through. The top of launch/modal_job.py has examples.
     """

@@ -1,6 +1,6 @@
 """What the Modal apps share: the image, the volumes, where things lie in a container, which GPUs there are, prices.
 
-Modal brings only the launched file into the container, so this one is added to the image beside it. In the container the
+Modal brings only the launched file into the container, so this one is added to the image beside it. There the
 repository is a folder of files like anywhere else: nothing of it is imported here, programs are started from it.
 """
 

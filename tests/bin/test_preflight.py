@@ -72,7 +72,7 @@ def test_a_gpu_that_torch_does_not_see(
     assert "is a CPU build" in capsys.readouterr().err
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert preflight.main(["--", *flags("--device", "auto")]) == 2
-    assert "wants CUDA 12.8, which needs a newer driver" in capsys.readouterr().err
+    assert "wants CUDA 12.8: a newer driver" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert preflight.main(["--processes", "2", "--", *flags("--device", "auto")]) == 2

@@ -1,4 +1,4 @@
-"""A server on the loopback that speaks enough of Modal's protocol for the real client and the real container entrypoint.
+"""A server on the loopback that speaks enough of Modal's protocol for its real client and its container entrypoint.
 
 It records every request, keeps files by content as Modal does, and runs a called function in a process of its own: a
 folder is filled with what the client uploaded, volumes are folders, and Modal's own `_container_entrypoint` fetches the
@@ -205,7 +205,9 @@ class ModalServer(ModalClientBase):
             max_object_size_bytes=1 << 20,
             max_async_object_size_bytes=1 << 20,
         )
-        response = api_pb2.FunctionPrecreateResponse(function_id=function_id, handle_metadata=self.metadata[function_id])
+        response = api_pb2.FunctionPrecreateResponse(
+            function_id=function_id, handle_metadata=self.metadata[function_id]
+        )
         await stream.send_message(response)
 
     async def FunctionCreate(self, stream: Any) -> None:

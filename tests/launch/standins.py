@@ -1,4 +1,4 @@
-"""Stand-ins for launchers' tests: a python that writes torchrun's argv down, an nvidia-smi with GPUs of one's choice."""
+"""Stand-ins for launchers' tests: a python that writes torchrun's argv down, an nvidia-smi with chosen GPUs."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Writes down `-m torch.distributed.run ...`, one argument a line, and leaves a status as a run of that name would. Checks
-# of bin/preflight.py are left out where PLAN is given, since they take seconds. It is the real python otherwise.
+# Writes down `-m torch.distributed.run ...`, one argument a line, and leaves a status as a run of that name would.
+# Checks of bin/preflight.py are left out where PLAN is given, since they take seconds. Else it is the real python.
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
     "-m torch.distributed.run"*) shift 2; printf '%s\\n' "$@" >> "$RECORD"
@@ -46,7 +46,18 @@ class Launcher:
         write_program(self.tools / "nvidia-smi", f"#!/bin/sh\nprintf '{lines}\\n'\n")
 
     def environment(self, **extra: str) -> dict[str, str]:
-        ours = ("EARMARK_", "OMP_", "CUDA_", "SLURM_", "SKYPILOT_", "GPUS", "NNODES", "NODE_RANK", "MASTER_", "REHEARSE")
+        ours = (
+            "EARMARK_",
+            "OMP_",
+            "CUDA_",
+            "SLURM_",
+            "SKYPILOT_",
+            "GPUS",
+            "NNODES",
+            "NODE_RANK",
+            "MASTER_",
+            "REHEARSE",
+        )
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         path = f"{self.tools}:{os.environ['PATH']}"
         stand_ins = {"PATH": path, "PYTHON": str(self.python), "EARMARK_VENV": "none", "RECORD": str(self.record)}

@@ -28,7 +28,7 @@ def test_all_gpus_one_torchrun_and_every_flag(launcher: Launcher) -> None:
     flags = training_flags(torchrun)
     assert flags == [*SAMPLE, "--run_name", "a", "--no-enable_hard_neg", "--path_remap", "a b=c", "--run_name", "a"]
     assert "8 GPU(s), driver 570.86" in done.stderr
-    assert [p.name for p in (launcher.folder / "logs").iterdir()][0].startswith("train_2")
+    assert next((launcher.folder / "logs").iterdir()).name.startswith("train_2")
 
 
 def test_several_machines(launcher: Launcher) -> None:

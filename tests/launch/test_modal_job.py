@@ -279,7 +279,9 @@ def test_only_what_another_attempt_can_mend_is_raised(tmp_path: Path, monkeypatc
     def ended(code: int) -> Any:
         def run(command: list[str], run_dir: Path, commit: Any, limit_s: float) -> int:
             commands.append(command)
-            (run_dir / "status.json").write_text(json.dumps({"state": "failed", "step": 3, "message": "ValueError: lr"}))
+            (run_dir / "status.json").write_text(
+                json.dumps({"state": "failed", "step": 3, "message": "ValueError: lr"})
+            )
             return code
 
         return run
@@ -292,6 +294,11 @@ def test_only_what_another_attempt_can_mend_is_raised(tmp_path: Path, monkeypatc
         with pytest.raises(RuntimeError, match="failed at step 3"):
             job.train.local("r", 8, [], {})
     command = commands[0]
-    assert command[command.index("--") + 1 :][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert command[command.index("--") + 1 :][1:5] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=8",
+    ]
     assert command[-8:] == ["--lr", "0", "--runs_dir", str(tmp_path), "--run_name", "r", "--resume", "auto"]
     assert len((tmp_path / "r" / "modal.jsonl").read_text().splitlines()) == 4

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch with stand-ins for srun and scontrol: the argv of a local start on every machine, and requeueing."""
+"""launch/slurm.sbatch with stand-ins for srun and scontrol: a local start's argv on every machine, and requeueing."""
 
 import json
 import shutil
