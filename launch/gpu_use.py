@@ -123,7 +123,7 @@ def table(uses: dict[str, Use], num_samples: int, seconds: float) -> str:
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    lines = [f"GPU use, {num_samples} samples in {seconds:.0f} s: busy on average, peak memory, power on average, hottest"]
+    lines = [f"GPU use, {num_samples} samples in {seconds:.0f} s: mean busy, peak memory, mean power, hottest"]
     for index, use in sorted(uses.items(), key=lambda item: int(item[0])):
         busy, power = shown(use.mean("utilization.gpu"), ".0f"), shown(use.mean("power.draw"), ".0f")
         memory, heat = shown(use.peaks.get("memory.used"), ".0f"), shown(use.peaks.get("temperature.gpu"), ".0f")
