@@ -23,7 +23,7 @@ import sys
 import termios
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Literal
@@ -31,7 +31,10 @@ from typing import IO, Literal
 HERE = Path(__file__).resolve().parent
 FINISHED, FAILED, WRONG, STOPPED = 0, 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: "try again later"
 LONGEST_WAIT_S = 60.0
-ORPHAN_LIMIT_S = 10.0
+# After the run has said how it ended, torchrun may wait 5 minutes for machines that are gone. Uploads of trackers come
+# within this time, too.
+SETTLED_LIMIT_S = float(os.environ.get("SETTLED_LIMIT_S", "120"))
+SETTLED = ("finished", "preempted", "failed")
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 KEPT: set[int] = set()  # processes of ours that outlast an attempt
 TERMINAL_CODES = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
@@ -52,7 +55,8 @@ class Attempts:
     num_started: int = 0
     stopping: bool = False
     process: subprocess.Popen[bytes] | None = None
-    _status_before: tuple[int, int] | None = field(default=None)
+    _status_before: tuple[int, int] | None = None
+    _settled_since: float | None = None
 
     def run(self) -> int:
         """Start attempts until one settles it. Returns the exit code."""
@@ -91,7 +95,7 @@ class Attempts:
             self.log.flush()
 
     def _attempt(self) -> tuple[Outcome, str]:
-        self._status_before = self._status_stamp()
+        self._status_before, self._settled_since = self._status_stamp(), None
         again = ["--resume", "auto"] if self.num_started else []
         self.num_started += 1
         terminal = os.openpty() if self.log is not None and sys.stdout.isatty() else None
@@ -113,6 +117,9 @@ class Attempts:
         elif self.process.stdout is not None:
             self._copy_output(self.process.stdout.fileno())
             self.process.stdout.close()
+        while self.process.poll() is None:
+            self._end_if_settled()
+            time.sleep(0.1)
         exit_code = self.process.wait()
         self.process = None
         end_orphans()
@@ -154,6 +161,16 @@ class Attempts:
             return None
         return status if isinstance(status, dict) else None
 
+    def _end_if_settled(self) -> None:
+        """End a torchrun that goes on although the run has ended."""
+        if self._settled_since is None:
+            status = self._new_status()
+            self._settled_since = time.monotonic() if status and status.get("state") in SETTLED else None
+        elif time.monotonic() > self._settled_since + SETTLED_LIMIT_S and self.process is not None:
+            self.say("the run has ended, but torchrun has not; ending it")
+            self.process.terminate()
+            self._settled_since = float("inf")
+
     def _copy_output(self, source: int) -> None:
         """To standard output as it is, to the log without colours and without what a progress bar overwrote."""
         assert self.log is not None
@@ -162,6 +179,7 @@ class Attempts:
             # A worker that outlives torchrun may keep the pipe open: the end of torchrun is the end.
             ready, _, _ = select.select([source], [], [], 0.5)
             if not ready:
+                self._end_if_settled()
                 if self.process is not None and self.process.poll() is not None:
                     break
                 continue
@@ -189,20 +207,15 @@ def adopt_orphans() -> None:
 
 
 def end_orphans() -> None:
-    """End what the attempt left behind: asked first, then killed."""
+    """Kill what the attempt left behind. Asked to stop, workers would save and end the run as if that was wanted."""
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
     if not children.exists():
         return
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        left = {int(pid) for pid in children.read_text().split()} - KEPT
-        for pid in left:
-            os.kill(pid, number)
-        until = time.monotonic() + ORPHAN_LIMIT_S
-        while left and time.monotonic() < until:
-            left = {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0}
-            time.sleep(0.05)
-        if not left:
-            return
+    left = {int(pid) for pid in children.read_text().split()} - KEPT
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    for pid in left:
+        os.waitpid(pid, 0)
 
 
 def _copy_window_size(terminal: int) -> None:

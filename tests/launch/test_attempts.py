@@ -59,6 +59,9 @@ if word == "bar":
     sys.stdout.write("\\x1b[2K\\rworking 1%\\x1b[2K\\rworking 2%\\x1b[2K\\r\\x1b[1mstep 1\\x1b[0m\\n")
     status("finished")
     sys.exit(0)
+if word == "linger":
+    status("finished")
+    time.sleep(60)  # as torchrun does for machines that are gone
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, on_signal)
 status("training")
@@ -142,6 +145,17 @@ def test_processes_of_a_dead_attempt_are_ended_before_the_next(tmp_path: Path) -
     orphan = int((tmp_path / "run" / "orphan").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(orphan, 0)
+
+
+@pytest.mark.parametrize("more", [(), ("--log", "log")])
+def test_a_torchrun_that_waits_for_others_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("SETTLED_LIMIT_S", "0.2")
+    monkeypatch.chdir(tmp_path)
+    done = run(tmp_path, "linger", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the run has ended, but torchrun has not" in done.stdout
 
 
 def test_the_log_has_all_attempts_and_no_progress_bar(tmp_path: Path) -> None:
