@@ -12,6 +12,7 @@
 #   RETRIES         attempts after the first one (default 3)
 #   LOG_DIR         where train_YYYYMMDD_HHMMSS.log goes (default: logs)
 #   MIN_FREE_GIB    free memory that each GPU must have (default 6; the published towers alone take 16)
+#   DOCTOR          off: do not look the machine over with bin/doctor.py first
 #   REHEARSE        processes of a rehearsal on the CPU: quickstart's towers and sample, 20 steps unless flags say otherwise
 #   NNODES          machines (default 1). Then the runs folder must be on a disk that all of them share, and each needs
 #     NODE_RANK       its number, from 0
@@ -121,6 +122,11 @@ if ((nnodes > 1)); then
 fi
 
 python="$(bash "$root/launch/setup.sh")"
+if [[ -f "$root/bin/doctor.py" && -z "${REHEARSE:-}" && "${DOCTOR:-on}" != off ]]; then
+    if ! "$python" "$root/bin/doctor.py" ${first[@]+"${first[@]}"} "$@" >&2; then
+        die "the findings marked above would stop the run; nothing was started." "DOCTOR=off starts all the same."
+    fi
+fi
 plan="$("$python" "$root/bin/preflight.py" --processes "$processes" -- ${first[@]+"${first[@]}"} "$@")" || exit 2
 run_dir="$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["run_dir"])' "$plan")"
 

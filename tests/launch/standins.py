@@ -16,6 +16,7 @@ case "$*" in
         if [[ -n "${{STATUS:-}}" ]]; then mkdir -p "runs/${{@: -1}}"; echo "$STATUS" > "runs/${{@: -1}}/status.json"; fi ;;
     "-m pip install"*) ;;
     *sys.executable*) echo "$0" ;;
+    */bin/doctor.py*) echo "finding of the doctor"; exit "${{DOCTOR_EXIT:-0}}" ;;
     */bin/preflight.py*) if [[ -n "${{PLAN:-}}" ]]; then echo "$PLAN"; else exec "{sys.executable}" "$@"; fi ;;
     */launch/attempts.py*) exec "{sys.executable}" "$@" ;;
     */bin/train.py*) printf 'train.py %s\\n' "${{*:2}}" ;;

@@ -88,6 +88,25 @@ def test_a_broken_driver_is_told_in_its_own_words(launcher: Launcher) -> None:
     assert "restart the machine" in done.stderr
 
 
+def test_what_the_doctor_finds_stops_it(launcher: Launcher) -> None:
+    launcher.gpus([40000] * 2)
+    checkout = launcher.folder / "checkout"
+    (checkout / "launch").mkdir(parents=True)
+    for name in ("local_8gpu.sh", "setup.sh", "attempts.py", "gpu_use.py"):
+        (checkout / "launch" / name).symlink_to(ROOT / "launch" / name)
+    (checkout / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")
+    write_program(checkout / "bin" / "doctor.py", "")
+    command = ["bash", str(checkout / "launch" / "local_8gpu.sh"), "--run_name", "r"]
+    plan = json.dumps({"run_dir": "runs/r"})
+    done = launcher(command, PLAN=plan, DOCTOR_EXIT="1")
+    assert done.returncode == 2
+    assert "finding of the doctor" in done.stderr
+    assert not launcher.torchruns()
+    assert launcher(command, PLAN=plan, DOCTOR_EXIT="1", DOCTOR="off").returncode == 0
+    assert launcher(command, PLAN=plan).returncode == 0
+    assert len(launcher.torchruns()) == 2
+
+
 def test_wrong_settings_and_missing_data_start_nothing(launcher: Launcher) -> None:
     launcher.gpus([40000] * 2)
     done = launcher(["bash", SCRIPT, "--device", "cpu", "--train_samples_path", "none.json"])
