@@ -149,6 +149,8 @@ def _iterate_lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
+            if line.count(b"[") + line.count(b"{") > MAX_DEPTH:  # strings count here, not in the guard
+                DepthGuard(io.BytesIO(line)).read()
             record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             if number == 1 and not line.rstrip().endswith(b"}"):

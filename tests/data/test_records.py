@@ -78,6 +78,16 @@ def test_lists_nested_100_000_deep_are_refused_at_once(tmp_path, opening):
         list(iterate_array_in(path, "audios"))
 
 
+def test_lines_nested_too_deep_are_refused_too(tmp_path):
+    path = tmp_path / "x.jsonl"
+    good = json.dumps({"text": "[{" * 500})
+    path.write_text(good + "\n" + '{"a":' + "[" * 300 + "]" * 300 + "}\n")
+    with pytest.raises(ValueError, match=rf"line 2 is not JSON: .*nested more than {MAX_DEPTH} deep"):
+        read(path)
+    path.write_text(good + "\n")
+    assert read(path) == [json.loads(good)]
+
+
 @pytest.mark.parametrize("buffer", [1, 2, 3, 7, 64])
 def test_brackets_within_strings_do_not_count(buffer):
     # Depth 3 at most, whatever the strings hold and wherever a read ends.
