@@ -45,7 +45,11 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
         "test": settings.test_samples_path,
         "dev": settings.dev_samples_path,
     }
-    files = {n: find_file(p, settings.data_root, f"--{n}_samples_path") for n, p in wanted.items() if p is not None}
+    files = {
+        n: find_file(p, settings.data_root, f"--{n}_samples_path", or_folder=True)
+        for n, p in wanted.items()
+        if p is not None
+    }
     # One account a file, so that a large training file cannot hide a broken test file.
     accounts = {name: DropLog(settings.max_bad_fraction) for name in files}
     clips = _load_checked(files, accounts, settings, world)

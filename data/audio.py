@@ -20,6 +20,8 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from data.containers import Place, place_of
+
 SAMPLE_RATE = 16_000  # Hz, of everything that leaves this file
 MIN_CLIP_S, MAX_CLIP_S = 0.01, 30.0
 MIN_RATE, MAX_RATE = 4_000, 384_000
@@ -30,6 +32,7 @@ WHOLE_FILE_S = 120.0
 SILENCE_PEAK = 1e-4  # of full scale, about three steps of 16 bits
 MAX_DECODED = 12_000_000  # samples over all channels of a file in memory: 30 s of 8 channels at 48 kHz
 OGG_TAIL = 70_000  # bytes: an Ogg page is at most 65,307
+MAX_MEMBER_BYTES = 1 << 29  # an audio file within a container is read into memory whole
 
 
 class AudioError(Exception):
@@ -56,25 +59,27 @@ class AudioInfo:
 
 def probe(path: str | Path) -> AudioInfo:
     """Judge a file by its header. Raises AudioError; decodes nothing."""
-    num_bytes = _regular_file_size(path)
-    with open(path, "rb") as file:
-        return _judge(str(path), file, num_bytes)
+    place = place_of(path)
+    num_bytes = _regular_file_size(place)
+    with open(path, "rb") if place.size is None else _in_memory(place) as file:
+        return _judge(place, file, num_bytes)
 
 
-def _judge(source: str | BinaryIO, file: BinaryIO, num_bytes: int) -> AudioInfo:
+def _judge(source: Place | BinaryIO, file: BinaryIO, num_bytes: int) -> AudioInfo:
     try:
-        info = sf.info(source)
+        with _sound_file(source) as sound:
+            info = AudioInfo(sound.frames, sound.samplerate, sound.channels)
     except (sf.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
         raise AudioError("not_audio", f"libsndfile cannot open it ({_said(error)})") from error
-    if not MIN_RATE <= info.samplerate <= MAX_RATE:
-        raise AudioError("bad_rate", f"{info.samplerate} Hz; allowed are {MIN_RATE} to {MAX_RATE}")
+    if not MIN_RATE <= info.rate <= MAX_RATE:
+        raise AudioError("bad_rate", f"{info.rate} Hz; allowed are {MIN_RATE} to {MAX_RATE}")
     if not 1 <= info.channels <= MAX_CHANNELS:
         raise AudioError("bad_channels", f"{info.channels} channels; allowed are 1 to {MAX_CHANNELS}")
-    if info.frames <= 0:
-        raise AudioError("empty_audio", "the header declares no samples")
     file.seek(0)
     _check_container(file, num_bytes)
-    return AudioInfo(info.frames, info.samplerate, info.channels)
+    if info.frames <= 0:
+        raise AudioError("empty_audio", "the header declares no samples")
+    return info
 
 
 def check_span(info: AudioInfo, start_s: float | None, end_s: float | None) -> float:
@@ -100,14 +105,14 @@ def read_pcm(path: str | Path, start_s: float | None = None, end_s: float | None
         return cut(decode_whole(path, info), start_s, end_s)
     first = round((start_s or 0.0) * info.rate)
     last = min(info.frames, round(end_s * info.rate) if end_s is not None else info.frames)
-    pcm_S = _decode(str(path), info, first, last - first)
+    pcm_S = _decode(place_of(path), info, first, last - first)
     _refuse_silence(pcm_S)
     return pcm_S
 
 
 def decode_whole(path: str | Path, info: AudioInfo) -> np.ndarray:
     """A probed file as int16 [S], 16 kHz mono."""
-    return _decode(str(path), info, 0, info.frames)
+    return _decode(place_of(path), info, 0, info.frames)
 
 
 def read_bytes(content: bytes, max_s: float = MAX_CLIP_S) -> np.ndarray:
@@ -132,7 +137,7 @@ def iterate_pcm(path: str | Path, block_s: float = 10.0) -> Iterator[np.ndarray]
     resampler = None if info.rate == SAMPLE_RATE else soxr.ResampleStream(info.rate, SAMPLE_RATE, 1, dtype="float32")
     done = 0
     try:
-        with sf.SoundFile(str(path)) as file:
+        with _sound_file(place_of(path)) as file:
             while done < info.frames:
                 samples_SC = file.read(min(info.frames - done, round(block_s * info.rate)), "float32", always_2d=True)
                 if not len(samples_SC):
@@ -162,9 +167,9 @@ def cut(pcm_S: np.ndarray, start_s: float | None, end_s: float | None) -> np.nda
     return span_S
 
 
-def _decode(source: str | BinaryIO, info: AudioInfo, first: int, frames: int) -> np.ndarray:
+def _decode(source: Place | BinaryIO, info: AudioInfo, first: int, frames: int) -> np.ndarray:
     try:
-        with sf.SoundFile(source) as file:
+        with _sound_file(source) as file:
             if first:
                 file.seek(first)
             samples_SC = file.read(frames, dtype="float32", always_2d=True)
@@ -191,10 +196,35 @@ def _refuse_silence(pcm_S: np.ndarray) -> None:
         raise AudioError("silent", f"the loudest sample is {peak} of 32768")
 
 
-def _regular_file_size(path: str | Path) -> int:
-    """Bytes of a regular, readable, non-empty file. A FIFO must not be opened: that waits for a writer."""
+def _sound_file(source: Place | BinaryIO) -> sf.SoundFile:
+    """A file, a part of one, or bytes, open for decoding. Raises AudioError, and what soundfile raises."""
+    if not isinstance(source, Place):
+        return sf.SoundFile(source)
+    if source.size is None:
+        return sf.SoundFile(source.path)
+    if source.is_raw:
+        return sf.SoundFile(_in_memory(source), "r", SAMPLE_RATE, 1, "PCM_16", "LITTLE", "RAW")
+    return sf.SoundFile(_in_memory(source))
+
+
+def _in_memory(place: Place) -> BinaryIO:
+    """The bytes of a file within a container. Raises AudioError."""
+    assert place.size is not None, place
+    if place.size > MAX_MEMBER_BYTES:
+        raise AudioError("too_large", f"{place.size} bytes within a container; allowed are {MAX_MEMBER_BYTES}")
     try:
-        status = os.stat(path)
+        content = place.read(0, place.size)
+    except OSError as error:
+        raise AudioError("unreadable", error.strerror or str(error)) from error
+    if len(content) != place.size:
+        raise AudioError("truncated", f"{len(content)} of {place.size} bytes could be read")
+    return io.BytesIO(content)
+
+
+def _regular_file_size(place: Place) -> int:
+    """Bytes of a place in a regular, readable, non-empty file. A FIFO must not be opened: that waits for a writer."""
+    try:
+        status = os.stat(place.path)
     except FileNotFoundError as error:
         raise AudioError("missing", "no such file") from error
     except OSError as error:
@@ -206,11 +236,13 @@ def _regular_file_size(path: str | Path) -> int:
         raise AudioError("directory", "it is a folder")
     if not stat.S_ISREG(status.st_mode):
         raise AudioError("not_a_file", "it is a pipe, socket or device")
-    if status.st_size == 0:
+    if status.st_size == 0 or place.size == 0:
         raise AudioError("empty_file", "0 bytes")
-    if not os.access(path, os.R_OK):
+    if not os.access(place.path, os.R_OK):
         raise AudioError("unreadable", "no permission to read it")
-    return status.st_size
+    if place.size is not None and place.offset + place.size > status.st_size:
+        raise AudioError("truncated", f"it ends at byte {place.offset + place.size}, the file at {status.st_size}")
+    return status.st_size if place.size is None else place.size
 
 
 def _check_container(file: BinaryIO, num_bytes: int) -> None:

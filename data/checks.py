@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.audio import AudioError, AudioInfo, check_span, probe
-from data.clips import Clip
+from data.clip import Clip
+from data.containers import place_of
 from data.drops import DropLog
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def check_clips(
 
 def _verdict(path: str, known: Verdict | None) -> Verdict:
     try:
-        status = os.stat(path)
+        status = os.stat(place_of(path).path)
         size, mtime_ns = status.st_size, status.st_mtime_ns
     except (OSError, ValueError):
         size, mtime_ns = -1, -1  # the probe says why

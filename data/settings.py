@@ -8,26 +8,56 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+SamplesFormat = Literal[
+    "auto", "term_chunks", "chunk_rows", "gigaspeech", "lhotse_cuts", "nemo_manifest", "textgrids", "webdataset"
+]
 
 
 @dataclass
-class DataSettings:
-    train_samples_path: str = "data/xl_term_level_chunks_merged.json"
-    """Training samples (JSON array or JSON Lines), looked for as given and then under data_root."""
-    test_samples_path: str = "data/samples/xl/term_level_chunks_500000_1000000.json"
-    """Test samples; without dev_samples_path they also steer the learning rate and early stopping."""
-    dev_samples_path: str | None = None
-    """Samples that steer learning rate and early stopping; the test is then measured only before and after."""
+class InputSettings:
+    """What reading samples needs, in training and in the programs that convert, split and pack."""
+
+    samples_format: SamplesFormat = "auto"
+    """Format of the samples files; auto tells it from the file's name and beginning."""
     glossary_path: str | None = None
-    """Glossary (JSON, JSON Lines, CSV, TSV or TXT) whose terms are hard negatives and name aliases."""
+    """Glossary (JSON, JSON Lines, CSV, TSV or TXT): hard negatives, aliases, and labels of samples that have none."""
     data_root: str = "."
     """Folder under which sample files, glossaries and relative audio paths are looked for."""
     audio_root: str | None = None
     """Folder of relative audio paths; replaces the folder of the samples file and data_root."""
     path_remap: tuple[str, ...] = ()
     """OLD=NEW pairs: audio paths that start with OLD start with NEW instead."""
+    legacy_shards: str | None = None
+    """Folder of old shards (shard_00000.dat with .index.npz) that hold the audio which the samples name."""
     max_bad_fraction: float = 0.02
     """The run fails when more than this share of the records has to be dropped."""
+    term_margin_s: float = 1.0
+    """Where samples come with word times: seconds of audio that a term's chunk has on either side of the term."""
+    no_term_ratio: float = 0.25
+    """Where samples come with word times: chunks without a term, as a multiple of those with one."""
+    gigaspeech_subset: str | None = None
+    """GigaSpeech.json: only segments of this subset (XL, L, M, S, XS, DEV, TEST); by default all."""
+
+    def validate_input(self) -> None:
+        """Raise ValueError for the first field whose value is not allowed."""
+        _between("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        _between("term_margin_s", self.term_margin_s, 0.0, 10.0)
+        _between("no_term_ratio", self.no_term_ratio, 0.0, 100.0)
+        for pair in self.path_remap:
+            if "=" not in pair or not pair.split("=", 1)[0]:
+                raise ValueError(f"path_remap is {pair!r}; allowed is OLD=NEW, as in /mnt/old=/data/new")
+
+
+@dataclass
+class DataSettings(InputSettings):
+    train_samples_path: str = "data/xl_term_level_chunks_merged.json"
+    """Training samples (JSON array or JSON Lines), looked for as given and then under data_root."""
+    test_samples_path: str = "data/samples/xl/term_level_chunks_500000_1000000.json"
+    """Test samples; without dev_samples_path they also steer the learning rate and early stopping."""
+    dev_samples_path: str | None = None
+    """Samples that steer learning rate and early stopping; the test is then measured only before and after."""
     check_audio: bool = True
     """Read every audio header once before training, in parallel, and drop the files that cannot be used."""
     check_cache_path: str | None = None
@@ -61,7 +91,7 @@ class DataSettings:
 
     def validate(self) -> None:
         """Raise ValueError for the first field whose value is not allowed."""
-        _between("max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        self.validate_input()
         _between("num_workers", self.num_workers, 0, 256)
         _between("audio_cache_mb", self.audio_cache_mb, 0, math.inf)
         _between("window_fraction", self.window_fraction, 0.0, 1000.0)
@@ -78,9 +108,6 @@ class DataSettings:
                 f"window_fraction is {self.window_fraction}, but windows are drawn out of prompts with word times: "
                 "set word_times_path, or window_fraction to 0"
             )
-        for pair in self.path_remap:
-            if "=" not in pair or not pair.split("=", 1)[0]:
-                raise ValueError(f"path_remap is {pair!r}; allowed is OLD=NEW, as in /mnt/old=/data/new")
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:

@@ -1,8 +1,7 @@
 """Random windows out of whole prompts with word times: clips without end out of little audio.
 
-A window takes in whole words, with a margin of up to MARGIN_S on either side. Words wholly inside (20 ms tolerance) are
-its text; glossary terms all of whose words are inside are its terms, nested ones included; a term that the window
-cuts is ignored, neither positive nor negative.
+A window takes in whole words, with a margin of up to MARGIN_S on either side. What it holds is told in
+data/timed_words.py; terms within longer terms are terms here, too.
 
 The word file is JSON Lines: {"id", "audio", "duration_s", "words": [{"word", "start", "end"}, ...]}, seconds.
 """
@@ -12,38 +11,26 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.clips import Clip, PathResolver, RecordError
+from data.clip import Clip
 from data.drops import DropLog
+from data.fields import RecordError, as_object, label_of
+from data.paths import PathResolver
+from data.phrases import Found, Phrases
 from data.records import iterate_records
 from data.settings import DataSettings
 from data.terms import MIN_TERM_CHARS, is_usable_term, normalise_term
+from data.timed_words import Prompt, stretch
 
 logger = logging.getLogger(__name__)
 
 MARGIN_S = 0.1
-TOLERANCE_S = 0.02
-MAX_TERM_WORDS = 8
 STREAM = 0x77696E  # keeps the windows' random numbers apart from those of the permutation and of augmentation
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A whole recording with its words; times in seconds from its start."""
-
-    prompt_id: str
-    audio_path: str
-    duration_s: float
-    words: tuple[str, ...]  # normal forms
-    starts_s: tuple[float, ...]
-    ends_s: tuple[float, ...]
 
 
 def load_prompts(path: str | Path, settings: DataSettings, drops: DropLog) -> list[Prompt]:
@@ -63,8 +50,7 @@ def load_prompts(path: str | Path, settings: DataSettings, drops: DropLog) -> li
 
 
 def _prompt(record: Any, resolver: PathResolver) -> Prompt:
-    if not isinstance(record, dict):
-        raise RecordError("not_an_object", f"{type(record).__name__}; allowed is an object")
+    record = as_object(record)
     missing = {"id", "audio", "duration_s", "words"} - record.keys()
     if missing:
         raise RecordError("missing_field", f"no {', '.join(sorted(missing))}")
@@ -75,13 +61,11 @@ def _prompt(record: Any, resolver: PathResolver) -> Prompt:
         words = tuple(normalise_term(word["word"]) for word in record["words"])
         starts_s = tuple(float(word["start"]) for word in record["words"])
         ends_s = tuple(float(word["end"]) for word in record["words"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecordError("bad_words", f"allowed are objects with word, start, end ({error!r})") from error
-    ordered = all(0 <= start < end for start, end in zip(starts_s, ends_s, strict=True))
-    ordered &= all(earlier <= later for earlier, later in itertools.pairwise(starts_s))
-    if not ordered or not math.isfinite(duration_s) or ends_s[-1] > duration_s + 0.05:
-        raise RecordError("bad_words", f"word times do not go forward from 0 to {duration_s} s")
-    return Prompt(str(record["id"]), resolver.resolve(record["audio"]), duration_s, words, starts_s, ends_s)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise RecordError("bad_words", f"allowed are objects with word, start, end ({error!r:.200})") from error
+    prompt = Prompt(label_of(record, "id"), resolver.resolve(record["audio"]), duration_s, words, starts_s, ends_s)
+    prompt.check()
+    return prompt
 
 
 class Windows:
@@ -93,19 +77,17 @@ class Windows:
             raise ValueError("random windows need at least one prompt with word times")
         self.prompts = prompts
         self.settings = settings
-        phrases = {tuple(term.replace("-", " ").split()): term for term in terms}
-        phrases = {words: term for words, term in phrases.items() if 0 < len(words) <= MAX_TERM_WORDS}
-        # (term, first word, last word) of each prompt.
-        self.occurrences = [_occurrences(prompt.words, phrases) for prompt in prompts]
+        phrases = Phrases({term: term for term in terms})
+        self.occurrences = [phrases.all(prompt.words) for prompt in prompts]
+        if settings.window_words_as_terms:
+            for prompt, found in zip(prompts, self.occurrences, strict=True):
+                found += [Found(word, at, at) for at, word in enumerate(prompt.words) if _is_word_term(word)]
         # A window starts at a word drawn evenly over all words, so that long prompts get their share.
         self._word_offsets = list(itertools.accumulate((len(prompt.words) for prompt in prompts), initial=0))
 
     def possible_terms(self) -> set[str]:
         """Every term that a window may have as a positive."""
-        possible = {term for found in self.occurrences for term, _, _ in found}
-        if self.settings.window_words_as_terms:
-            possible |= {word for prompt in self.prompts for word in prompt.words if _is_word_term(word)}
-        return possible
+        return {one.term for found in self.occurrences for one in found}
 
     def whole_clips(self) -> list[Clip]:
         """Each prompt as one clip, for the check that no test audio gets into training by way of windows."""
@@ -144,51 +126,9 @@ class Windows:
     def clip(self, which: int, start_s: float, end_s: float, clip_id: str) -> Clip:
         """The clip of prompt number `which` from `start_s` to `end_s`."""
         prompt = self.prompts[which]
-        starts_s, ends_s = prompt.starts_s, prompt.ends_s
-        num_words = len(prompt.words)
-        inside = [starts_s[k] >= start_s - TOLERANCE_S and ends_s[k] <= end_s + TOLERANCE_S for k in range(num_words)]
-        touched = [
-            min(ends_s[k], end_s) - max(starts_s[k], start_s) > TOLERANCE_S or inside[k] for k in range(num_words)
-        ]
-        terms: dict[str, None] = {}
-        ignored: dict[str, None] = {}
-        for term, first, last in self.occurrences[which]:
-            if all(inside[first : last + 1]):
-                terms[term] = None
-            elif any(touched[first : last + 1]):
-                ignored[term] = None
-        if self.settings.window_words_as_terms:
-            for word, whole, part in zip(prompt.words, inside, touched, strict=True):
-                if _is_word_term(word):
-                    if whole:
-                        terms[word] = None
-                    elif part:
-                        ignored[word] = None
-        return Clip(
-            clip_id=clip_id,
-            audio_path=prompt.audio_path,
-            start_s=round(start_s, 4),
-            end_s=round(end_s, 4),
-            text=" ".join(word for word, whole in zip(prompt.words, inside, strict=True) if whole),
-            terms=tuple(terms),
-            ignored=tuple(term for term in ignored if term not in terms),
-            surfaces=tuple(terms),
-            is_no_term=not terms,
-            source=f"window of {prompt.prompt_id}",
-            segment_id=prompt.prompt_id,
-            duration_s=end_s - start_s,
-        )
+        source = f"window of {prompt.prompt_id}"
+        return stretch(prompt, start_s, end_s, clip_id, source, self.occurrences[which])
 
 
 def _is_word_term(word: str) -> bool:
     return sum(char.isalpha() for char in word) >= MIN_TERM_CHARS and is_usable_term(word)
-
-
-def _occurrences(words: tuple[str, ...], phrases: dict[tuple[str, ...], str]) -> list[tuple[str, int, int]]:
-    """Every glossary term in the words, nested and overlapping ones included."""
-    return [
-        (phrases[words[first:stop]], first, stop - 1)
-        for first in range(len(words))
-        for stop in range(first + 1, min(first + MAX_TERM_WORDS, len(words)) + 1)
-        if words[first:stop] in phrases
-    ]

@@ -75,11 +75,12 @@ def test_every_flag_is_unique_and_explained(capsys: pytest.CaptureFixture[str]) 
 
 
 def explained(owner: type, name: str) -> bool:
-    """Whether a string literal stands below the field, which is what --help shows."""
-    body = next(n for n in ast.parse(inspect.getsource(owner)).body if isinstance(n, ast.ClassDef)).body
-    for field, after in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name:
-            return isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    """Whether a string literal stands below the field, here or where it is inherited from: what --help shows."""
+    for kind in owner.__mro__[:-1]:
+        body = next(n for n in ast.parse(inspect.getsource(kind)).body if isinstance(n, ast.ClassDef)).body
+        for field, after in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == name:
+                return isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     return False
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from data.clips import Clip
+from data.clips import Clip, load_clips
+from data.drops import DropLog
 from data.settings import DataSettings
 
 RATE = 16_000
@@ -93,3 +94,34 @@ def clip():
 @pytest.fixture
 def tokenize():
     return lambda strings: [list(string.encode("utf-8")) for string in strings]
+
+
+@pytest.fixture
+def glossary(tmp_path, settings):
+    """glossary("pound key", ...) writes a glossary of these terms and sets it."""
+
+    def write(*terms: str) -> Path:
+        path = tmp_path / "glossary.txt"
+        path.write_text("\n".join(terms), encoding="utf-8")
+        settings.glossary_path = str(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def load(settings):
+    """load(path, **settings) -> (clips, drops) of a samples file; no clip at all is an empty list."""
+
+    def run(path, **changes):
+        for name, value in changes.items():
+            setattr(settings, name, value)
+        drops = DropLog(1.0)
+        try:
+            return load_clips(path, settings, drops), drops
+        except ValueError as error:
+            if "no usable clip" not in str(error):
+                raise
+            return [], drops
+
+    return run

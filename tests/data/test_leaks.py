@@ -1,8 +1,9 @@
 import shutil
 
 import pytest
+import soundfile as sf
 
-from data.leaks import refuse_leaks
+from data.leaks import find_leaks, refuse_leaks
 
 
 def test_clips_apart_pass(clip, wav):
@@ -74,3 +75,44 @@ def test_a_test_file_that_is_a_slice_of_the_training_file(clip, wav):
     clips = [clip(str(number), wav(f"{number}.wav", hertz=300 + number)) for number in range(6)]
     with pytest.raises(ValueError, match="3 of 3 test clips"):
         refuse_leaks(clips, clips[3:])
+
+
+def test_the_same_words_whatever_their_case_and_punctuation(clip):
+    train = [clip("1", text="Press the pound-key."), clip("2", text="hold")]
+    test = [
+        clip("3", text="press the POUND key"),
+        clip("4", text="press the key"),
+        clip("5", text="Hold!"),
+        clip("6", text=""),
+    ]
+    assert [leak.test.clip_id for leak in find_leaks(train, test, "text")] == ["3", "5"]
+    assert [leak.test.clip_id for leak in find_leaks(train, test, "text", min_text_words=2)] == ["3"]
+    assert find_leaks([clip("7", text="")], test, "text") == []
+    refuse_leaks([clip("1", "/none/1.wav", text="hold")], [clip("2", "/none/2.wav", text="hold")])
+
+
+def test_the_same_samples_in_another_container_or_a_longer_file(clip, wav, tmp_path):
+    path = wav("a.wav", seconds=1.0)
+    pcm_S, rate = sf.read(path, dtype="int16")
+    sf.write(tmp_path / "a.flac", pcm_S, rate)
+    sf.write(tmp_path / "part.wav", pcm_S[4000:8000], rate)
+    (tmp_path / "bad.wav").write_text("no audio")
+    train = [clip("1", path), clip("2", path, start_s=0.25, end_s=0.5), clip("bad", tmp_path / "bad.wav")]
+    test = [clip("3", tmp_path / "a.flac"), clip("4", tmp_path / "part.wav"), clip("5", wav("b.wav", hertz=300.0))]
+    test.append(clip("none", tmp_path / "none.wav"))
+    assert [(leak.train.clip_id, leak.test.clip_id) for leak in find_leaks(train, test, "samples")] == [
+        ("1", "3"),
+        ("2", "4"),
+    ]
+    assert find_leaks(train, test, "audio content") == []
+
+
+def test_members_of_containers_are_compared_by_their_own_bytes(clip, wav, tmp_path):
+    content = wav("a.wav").read_bytes()
+    (tmp_path / "s.tar").write_bytes(bytes(512) + content + bytes(700) + content)
+    first, second = (f"{tmp_path / 's.tar'}:{at}+{len(content)}" for at in (512, 512 + len(content) + 700))
+    test = [clip("2", second)]
+    assert find_leaks([clip("1", first)], test, "audio") == []
+    assert [leak.test.clip_id for leak in find_leaks([clip("1", first)], test, "audio content")] == ["2"]
+    assert [leak.test.clip_id for leak in find_leaks([clip("1", second)], test, "audio")] == ["2"]
+    assert find_leaks([clip("1", wav("b.wav", hertz=300.0))], test, "audio content") == []

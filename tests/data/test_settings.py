@@ -19,6 +19,8 @@ def test_the_defaults_are_where_users_keep_their_files():
         ({"max_bad_fraction": 1.5}, "max_bad_fraction is 1.5"),
         ({"max_bad_fraction": math.nan}, "max_bad_fraction is nan"),
         ({"num_workers": -1}, "num_workers"),
+        ({"term_margin_s": -1.0}, "term_margin_s"),
+        ({"no_term_ratio": math.inf}, "no_term_ratio"),
         ({"window_min_s": 4.0}, "window_max_s is 3.0; allowed are 4.0"),
         ({"window_max_s": 31.0}, "window_max_s"),
         ({"window_fraction": 2.0}, "set word_times_path"),

@@ -1,6 +1,5 @@
 """Clipping, missing gradients and the parameter hash in one process. What needs other ranks: checks_sync.py."""
 
-
 import pytest
 import torch
 from torch import nn

@@ -1,0 +1,1 @@
+"""What speech users hold, one small importer a format; `detect.py` tells which."""
