@@ -24,6 +24,7 @@ from model.packing import AudioPack, TextPack
 from model.tokenizer import Tokenizer
 from retrieval.evaluate import encode_in_fixed_batches, evaluate, top_terms
 from retrieval.metrics import EvalResult, Judgements
+from retrieval.readout import EncodedClips, encode_clips, no_clips
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +112,15 @@ class Evaluator:
         wanted = list(range(0, len(self.clips), max(1, len(self.clips) // max(1, count))))[:count]
         found: list[tuple[Clip, list[str]]] = []
         for index in wanted:
-            kept, audio_CE = self._encode_clips(model, [index])
+            kept, encoded = self._encode_clips(model, [index])
             if kept:
-                _, places = top_terms(audio_CE, term_NE, k, self.judgements.order_N)
+                _, places = top_terms(encoded, term_NE, k, self.judgements.order_N)
                 found.append((self.clips[index], [self.terms[place] for place in places[0]]))
         model.train(was_training)
         return found
 
-    def _encode_clips(self, model: DualEncoder, indices: Iterable[int]) -> tuple[list[int], Tensor]:
-        """Embeddings of the clips that can be read; the others are counted among the drops."""
+    def _encode_clips(self, model: DualEncoder, indices: Iterable[int]) -> tuple[list[int], EncodedClips]:
+        """Those of the clips that can be read; the others are counted among the drops."""
         kept, waves = [], []
         for index in indices:
             clip = self.clips[index]
@@ -129,5 +130,5 @@ class Evaluator:
             except AudioError as error:
                 self.drops.add(error.reason, clip.source, error.detail)
         if not kept:
-            return kept, torch.zeros(0, model.audio_head.out_features, device=model.device)
-        return kept, model.encode_audio(AudioPack(torch.cat(waves), [len(wave) for wave in waves]))
+            return kept, no_clips(model)
+        return kept, encode_clips(model, AudioPack(torch.cat(waves), [len(wave) for wave in waves]))

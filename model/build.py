@@ -11,6 +11,7 @@ from torch import nn
 from model.audio_tower import AudioConfig
 from model.dual import DualEncoder
 from model.init import init_parameters
+from model.maxsim import WindowShape
 from model.settings import ModelSettings
 from model.specaugment import SpecAugment
 from model.text_tower import TextConfig
@@ -71,6 +72,7 @@ def build_model(
             dropout=settings.tower_dropout,
             compute_dtype=compute_dtype,
             augment_mel=_spec_augment(settings),
+            windows=window_shape(settings),
         )
     if text_source is None:
         model.remove_text_side()
@@ -161,6 +163,11 @@ def _load_tokenizer(source: Source, config: TextConfig) -> tuple[Tokenizer, str]
             f"vocab_size: the text tower has {config.vocab_size} embeddings, its tokenizer {tokenizer.vocab_size} ids"
         )
     return tokenizer, source.name if source.folder is not None else named
+
+
+def window_shape(settings: ModelSettings) -> WindowShape | None:
+    """The windows of the maxsim read-out; None for the mean."""
+    return WindowShape(settings.maxsim_windows, settings.maxsim_stride) if settings.readout == "maxsim" else None
 
 
 def _spec_augment(settings: ModelSettings) -> SpecAugment | None:

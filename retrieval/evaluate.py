@@ -20,13 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from retrieval.metrics import KS, SUBSETS, ClipRanks, EvalResult, Judgements, rank_positives, summarise
-from retrieval.topk import best_rows
+from retrieval.readout import EncodedClips, best_terms, score_clips
 
 EncodeRows = Callable[[int, int], torch.Tensor]
 """(start, stop) -> embeddings [stop - start, E] of these items."""
 
-EncodeClips = Callable[[int, int], tuple[Sequence[int], torch.Tensor]]
-"""(start, stop) -> (clips that could be read, ascending; their embeddings, one row each)."""
+EncodeClips = Callable[[int, int], tuple[Sequence[int], EncodedClips]]
+"""(start, stop) -> (clips that could be read, ascending; these clips, encoded)."""
 
 GatherRows = Callable[[torch.Tensor, list[int]], torch.Tensor]
 """(this process's rows, number of rows of each process) -> all rows, process after process."""
@@ -65,12 +65,13 @@ def encode_in_fixed_batches(
     """
     shares = [rank_share(num_items, batch_size, r, world_size) for r in range(world_size)]
     counts = [sum(stop - start for start, stop in share) for share in shares]
-    rows_RE = torch.empty(0, embedding_dim, device=device)
+    parts = [torch.empty(0, embedding_dim, device=device)]
     with torch.no_grad():
         for start, stop in shares[rank]:
             part_RE = encode(start, stop).float()
             assert part_RE.shape == (stop - start, embedding_dim), (part_RE.shape, start, stop, embedding_dim)
-            rows_RE = torch.cat([rows_RE, part_RE])
+            parts.append(part_RE)
+        rows_RE = torch.cat(parts)
         gathered_NE = gather_rows(rows_RE, counts)
     place_N = torch.tensor([i for share in shares for start, stop in share for i in range(start, stop)], device=device)
     ordered_NE = torch.empty_like(gathered_NE)
@@ -98,17 +99,16 @@ def evaluate(
     parts = []
     with torch.no_grad():
         for start, stop in rank_share(judgements.num_clips, batch_size, rank, world_size):
-            clips, audio_RE = encode_clips(start, stop)
-            assert len(clips) == len(audio_RE), (len(clips), audio_RE.shape)
+            clips, encoded = encode_clips(start, stop)
             assert all(start <= clip < stop for clip in clips), (clips, start, stop)
-            scores_RN = audio_RE.float() @ term_NE.float().T
+            scores_RN = score_clips(encoded, term_NE)
             parts.append(rank_positives(scores_RN, clips, judgements))
     packed_S = gather_ints(torch.from_numpy(ClipRanks.join(parts).pack()))
     return summarise(ClipRanks.unpack(packed_S.cpu().numpy()), judgements.num_terms, ks)
 
 
 def top_terms(
-    audio_CE: torch.Tensor, term_NE: torch.Tensor, k: int, order_N: NDArray[np.int64]
+    clips: EncodedClips, term_NE: torch.Tensor, k: int, order_N: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The best k terms of each clip (all terms when there are fewer), in the order that `retrieval.metrics` ranks by.
 
@@ -118,7 +118,7 @@ def top_terms(
     Returns:
         Scores (cosine) and places in the glossary, each [C, K], best first.
     """
-    return best_rows(audio_CE.float(), term_NE.float(), k, order_N)
+    return best_terms(clips, term_NE, k, order_N)
 
 
 def recall_table(before: EvalResult, after: EvalResult, ks: Sequence[int] = KS) -> tuple[list[str], list[list[str]]]:

@@ -35,6 +35,7 @@ FORMAT = "earmark-retriever-1"
 CONFIG_FILE, HEADS_FILE, TOWERS_FILE = "retriever_config.json", "heads.safetensors", "model.safetensors"
 AUDIO_FILE, TEXT_FILE, TOKENIZER_FOLDER = "audio_tower.json", "text_tower.json", "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+READOUT = ("audio_readout", "readout", "maxsim_windows", "maxsim_stride")  # fields of ModelSettings
 NUM_SHOWN = 8
 TEXT_SIDE = ("text_head.", "language_model.")
 
@@ -70,7 +71,7 @@ def save_model(
         "format": FORMAT,
         "trainable": settings.trainable,
         "model": {name: getattr(settings, name) for name in ("model_name", "audio_model", "text_model")},
-        "audio_readout": settings.audio_readout,
+        **{name: getattr(settings, name) for name in READOUT},
         "proj_dim": settings.proj_dim,
         "sources": built.sources,
         "audio_config": asdict(built.audio_config),
@@ -106,10 +107,12 @@ def load_trained(folder: Path, built: Built, settings: ModelSettings, audio_only
     Returns log_inv_temperature. Raises ValueError when the folder holds a model of other settings.
     """
     config = read_config(folder)
-    for name in ("trainable", "audio_readout", "proj_dim"):
-        if config[name] != getattr(settings, name):
-            ours = getattr(settings, name)
-            raise ValueError(f"{name}: got {ours!r}, but {folder} holds a model with {config[name]!r}")
+    saved_readout = read_readout(config)
+    for name in ("trainable", "proj_dim", *READOUT):
+        ours, saved = getattr(settings, name), saved_readout.get(name, config.get(name))
+        is_used = settings.readout == "maxsim" or not name.startswith("maxsim_")
+        if is_used and ours != saved:
+            raise ValueError(f"{name}: got {ours!r}, but {folder} holds a model with {saved!r}")
     for name, shape in (("audio_config", asdict(built.audio_config)), ("text_config", asdict(built.text_config))):
         saved = config[name]
         different = [f"{k} {v} (saved {saved.get(k)})" for k, v in shape.items() if v != saved.get(k)]
@@ -147,7 +150,7 @@ def open_model(
     config = read_config(folder)
     settings = ModelSettings(
         **config["model"],
-        audio_readout=config["audio_readout"],
+        **read_readout(config),
         proj_dim=config["proj_dim"],
         trainable=config["trainable"],
     )
@@ -174,6 +177,14 @@ def open_model(
         raise ValueError(f"{folder / CONFIG_FILE}: no fingerprint; without the text side it cannot be made")
     fingerprint = fingerprint or _fingerprint(built, log_inv_temperature, config)
     return OpenedModel(built, float((-log_inv_temperature.double()).exp()), config, fingerprint)
+
+
+def read_readout(config: dict[str, Any]) -> dict[str, Any]:
+    """How the model reads a clip out, as fields of ModelSettings; a folder that does not say so is of the mean."""
+    found = {name: config[name] for name in READOUT if name in config}
+    if "maxsim_windows" in found:
+        found["maxsim_windows"] = tuple(found["maxsim_windows"])
+    return {"readout": "mean", **found}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Both read-outs through one door, and the span of the window that wins."""
+
+import torch
+
+from model.build import build_model
+from model.packing import AudioPack
+from model.settings import ModelSettings
+from retrieval.evaluate import top_terms
+from retrieval.readout import encode_clips, no_clips, score_clips, term_spans
+from tests.bin.tones import AUDIO, TEXT
+
+SECONDS = (0.3, 1.2)
+
+
+def build(tmp_path, readout):
+    import json
+
+    for name, config in (("audio", AUDIO), ("text", TEXT)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    settings = ModelSettings(
+        audio_model=str(tmp_path / "audio.json"), text_model=str(tmp_path / "text.json"), proj_dim=8, trainable="full",
+        readout=readout,
+    )  # fmt: skip
+    return build_model(settings).model
+
+
+def make_pack() -> AudioPack:
+    lengths = [round(seconds * 16_000) for seconds in SECONDS]
+    return AudioPack(torch.randn(sum(lengths), generator=torch.Generator().manual_seed(1)) * 0.1, lengths)
+
+
+@torch.no_grad()
+def test_mean_scores_are_products(tmp_path) -> None:
+    model = build(tmp_path, "mean")
+    term_NE = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    clips = encode_clips(model, make_pack())
+    assert torch.equal(clips, model.encode_audio(make_pack()))
+    assert torch.equal(score_clips(clips, term_NE), clips @ term_NE.T)
+    assert score_clips(no_clips(model), term_NE).shape == (0, 5)
+
+
+@torch.no_grad()
+def test_the_window_that_wins_tells_score_and_span(tmp_path) -> None:
+    """The span's own audio frames, averaged by hand, have the score that the search reports."""
+    model = build(tmp_path, "maxsim")
+    term_NE = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    pack = make_pack()
+    clips = encode_clips(model, pack)
+    scores_CN = score_clips(clips, term_NE)
+    scores, places = top_terms(clips, term_NE, 3, torch.arange(5).numpy())
+    assert torch.equal(torch.from_numpy(scores), scores_CN.topk(3).values)
+    spans = term_spans(model, clips, term_NE[torch.from_numpy(places)])
+    frames_QD, layout = model._audio_frames(pack)
+    starts = [0, *layout.lengths]
+    for clip in range(2):
+        for rank in range(3):
+            start_s, end_s = spans[clip, rank].tolist()
+            assert 0.0 <= start_s < end_s <= SECONDS[clip] + 0.02
+            first, stop = round(start_s / 0.02), round(end_s / 0.02)
+            assert stop - first in (2, 4, 8, 12, 16, 24)
+            mean_D = frames_QD[starts[clip] + first : starts[clip] + stop].mean(0)
+            score = torch.nn.functional.normalize(model.audio_head(mean_D), dim=0) @ term_NE[places[clip, rank]]
+            assert abs(float(score) - float(scores[clip, rank])) < 1e-5
+    # The mean over all frames is a different reading of the same clip.
+    assert (score_clips(clips.audio_BE, term_NE) - scores_CN).abs().max() > 1e-2
