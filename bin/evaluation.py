@@ -13,12 +13,9 @@ from torch import Tensor
 from data.audio import AudioError
 from data.clips import Clip
 from data.drops import DropLog
-from data.glossary import Glossary, group_of
 from data.reader import AudioReader
-from data.terms import key64
 from distributed.collectives import gather_ints, gather_rows
 from distributed.processes import World
-from losses.terms import TermBank
 from model.dual import DualEncoder
 from model.packing import AudioPack, TextPack
 from model.tokenizer import Tokenizer
@@ -49,16 +46,6 @@ def encode_terms(
         model.audio_head.out_features,
         model.device,
     )
-
-
-def embed_bank(model: DualEncoder, tokenizer: Tokenizer, glossary: Glossary, batch_size: int, world: World) -> TermBank:
-    """The glossary as negatives, embedded with the model of this moment, spread over the ranks. A collective."""
-    was_training = model.training
-    model.eval()
-    embeddings_KE = encode_terms(model, tokenizer, glossary.terms, batch_size, world)
-    model.train(was_training)
-    keys = torch.tensor([key64(term) for term in glossary.terms])
-    return TermBank(embeddings_KE, keys, torch.tensor([group_of(term, glossary) for term in glossary.terms]))
 
 
 @dataclass
