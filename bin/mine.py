@@ -201,7 +201,8 @@ def _claim(parts: Path, stamp: dict[str, Any], restart: bool) -> None:
                 "give another --output, or --restart to throw them away"
             )
         remove_strays(parts)
-        logger.info("going on from %d parts in %s", len(list(parts.glob("*-*.*"))), parts)
+        num_done = sum(1 for kind in ("terms", "clips") for _ in parts.glob(f"{kind}-*"))
+        logger.info("going on from %d parts in %s", num_done, parts)
         return
     parts.mkdir(parents=True, exist_ok=True)
     write_file_atomically(job, json_bytes(stamp))
@@ -232,7 +233,7 @@ def _all_terms(parts: Path, num_terms: int, device: torch.device) -> Tensor:
 
 
 def _merge(output: Path, parts: Path, stamp: dict[str, Any], num_clips: int, max_bad_fraction: float) -> int:
-    """Stamp and parts become one file; the number of lines with negatives. ValueError when too many clips are missing."""
+    """Stamp and parts become one file; its number of clips. ValueError when too many are missing."""
     files = sorted(parts.glob("clips-*.jsonl"))
     num_lines = sum(path.read_bytes().count(b"\n") for path in files)
     if num_clips - num_lines > max_bad_fraction * num_clips:

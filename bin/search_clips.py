@@ -40,7 +40,7 @@ class ClipSearch:
         num_negatives: int,
         margin: float,
     ) -> None:
-        """terms: the glossary's, then labels that are in it no more; term_NE their embeddings, on the model's device."""
+        """terms: the glossary's, then labels that it lacks; term_NE: their embeddings, on the model's device."""
         assert len(terms) == len(term_NE), (len(terms), term_NE.shape)
         self.model = model
         self.glossary = glossary
