@@ -52,9 +52,7 @@ class ClipSearch:
         self.groups, self.maskable = torch.tensor(groups), frozenset(groups)
 
     @torch.no_grad()
-    def __call__(
-        self, clips: Sequence[Clip], reader: AudioReader, drops: DropLog
-    ) -> Iterator[tuple[Clip, list[str]]]:
+    def __call__(self, clips: Sequence[Clip], reader: AudioReader, drops: DropLog) -> Iterator[tuple[Clip, list[str]]]:
         """(clip, its negatives as written, hardest first) of the clips that can be read; the others go to `drops`."""
         kept, waves = [], []
         for clip in clips:

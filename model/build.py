@@ -149,8 +149,9 @@ def _resolve_sources(settings: ModelSettings, with_text: bool) -> tuple[Source, 
 
 
 def _load_tokenizer(source: Source, config: TextConfig) -> tuple[Tokenizer, str]:
-    """The checkpoint's tokenizer; an architecture file names one (`"tokenizer": folder`) or means bytes."""
-    named = source.config.get("tokenizer", "bytes") if source.folder is None else str(source.folder)
+    """The checkpoint's tokenizer; an architecture file names one (`"tokenizer": folder`) or means bytes. So may a
+    checkpoint of ours that was trained on bytes."""
+    named = source.config.get("tokenizer", "bytes" if source.folder is None else str(source.folder))
     tokenizer: Tokenizer
     if named == "bytes":
         tokenizer = ByteTokenizer()
@@ -162,7 +163,7 @@ def _load_tokenizer(source: Source, config: TextConfig) -> tuple[Tokenizer, str]
         raise ValueError(
             f"vocab_size: the text tower has {config.vocab_size} embeddings, its tokenizer {tokenizer.vocab_size} ids"
         )
-    return tokenizer, source.name if source.folder is not None else named
+    return tokenizer, named if named == "bytes" or source.folder is None else source.name
 
 
 def window_shape(settings: ModelSettings) -> WindowShape | None:

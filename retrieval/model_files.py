@@ -5,6 +5,7 @@
     trainable=lora              adapter_model.safetensors + adapter_config.json (PEFT's format); needs the base model
     trainable=full              model.safetensors (both towers) + audio_tower.json + text_tower.json [+ tokenizer/];
                                 needs nothing else
+    trainable=merged            an export (retrieval/export.py): Hugging Face checkpoints with the adapters folded in
 
 Every read is strict: missing, unexpected or mis-shaped tensors are errors that name them. Opened audio-only, a folder
 needs nothing of the text side: no tensor of the language model is read, in the folder or in the base model.
@@ -107,9 +108,11 @@ def load_trained(folder: Path, built: Built, settings: ModelSettings, audio_only
     Returns log_inv_temperature. Raises ValueError when the folder holds a model of other settings.
     """
     config = read_config(folder)
-    saved_readout = read_readout(config)
+    saved_settings = {**config, **read_readout(config)}
+    if config["trainable"] == "merged":
+        saved_settings["trainable"] = "lora"  # frozen towers, only that no adapter is left
     for name in ("trainable", "proj_dim", *READOUT):
-        ours, saved = getattr(settings, name), saved_readout.get(name, config.get(name))
+        ours, saved = getattr(settings, name), saved_settings.get(name)
         is_used = settings.readout == "maxsim" or not name.startswith("maxsim_")
         if is_used and ours != saved:
             raise ValueError(f"{name}: got {ours!r}, but {folder} holds a model with {saved!r}")
@@ -148,16 +151,24 @@ def open_model(
     """
     folder = Path(folder)
     config = read_config(folder)
+    is_merged = config["trainable"] == "merged"
+    names = config["model"]
+    if is_merged:
+        names = {field: None if name is None else str(folder / name) for field, name in names.items()}
+        if config["exported"].get("audio_only") and not audio_only:
+            raise ValueError(f"{folder}: it holds the audio side alone; open it audio-only")
     settings = ModelSettings(
-        **config["model"],
+        **names,
         **read_readout(config),
         proj_dim=config["proj_dim"],
-        trainable=config["trainable"],
+        trainable="lora" if is_merged else config["trainable"],
     )
     if settings.trainable == "full":
         settings = replace(settings, audio_model=str(folder / AUDIO_FILE), text_model=str(folder / TEXT_FILE))
         if model_name is not None:
             raise ValueError(f"model_name: got {model_name!r}, but {folder} is a full model, which needs no base model")
+    elif is_merged and model_name is not None:
+        raise ValueError(f"model_name: got {model_name!r}, but {folder} is merged and needs no base model")
     elif model_name is not None:
         settings = replace(settings, model_name=model_name)
     built = build_model(settings, device, compute_dtype, TextConfig(**config["text_config"]) if audio_only else None)
@@ -165,7 +176,7 @@ def open_model(
         built.sources.update({part: name for part, name in config["sources"].items() if part != "tokenizer"})
         if built.sources["tokenizer"] not in ("bytes", "absent"):
             built.sources["tokenizer"] = str((folder / TOKENIZER_FOLDER).absolute())
-    if settings.trainable == "lora":
+    if settings.trainable == "lora" and not is_merged:
         adapters = read_settings(folder)
         targets = tuple(path for path in adapters.lora_targets if not (audio_only and path.startswith(TEXT_SIDE)))
         if targets:
