@@ -13,7 +13,7 @@ from data.clips import Clip, load_clips
 from data.drops import DropLog
 from data.glossary import Glossary, load_glossary
 from data.leaks import refuse_leaks
-from data.negatives import ClipNegatives
+from data.mined import ClipNegatives
 from data.reader import AudioReader
 from data.records import find_file
 from data.settings import DataSettings

@@ -39,7 +39,7 @@ from data.checks import check_clips
 from data.clips import Clip, load_clips
 from data.drops import DropLog
 from data.glossary import Glossary, load_glossary
-from data.negatives import terms_sha256
+from data.mined import terms_sha256
 from data.reader import AudioReader
 from data.records import find_file
 from data.settings import DataSettings

@@ -17,7 +17,8 @@ from typing import Any
 from data.clips import Clip
 from data.drops import DropLog
 from data.glossary import Glossary
-from data.negatives import ClipNegatives, HardNegatives, load_hard_negatives, match_negatives, terms_sha256
+from data.mined import ClipNegatives, match_negatives, terms_sha256
+from data.negatives import load_hard_negatives, read_stamp
 from data.records import find_file
 from data.settings import DataSettings
 from retrieval.model_files import CONFIG_FILE
@@ -34,43 +35,43 @@ def load_negatives(
     as this run's."""
     if settings.hard_neg_jsonl is None:
         return None
-    found = load_hard_negatives(find_file(settings.hard_neg_jsonl, settings.data_root, "--hard_neg_jsonl"), drops)
+    path = find_file(settings.hard_neg_jsonl, settings.data_root, "--hard_neg_jsonl")
+    found, stamp = load_hard_negatives(path, drops), read_stamp(path)
     matched = match_negatives(clips, found, glossary)
     if matched.num_matched == 0:
-        example = next(iter(found.rows), "")
         raise ValueError(
-            f"hard_neg_jsonl: none of the {len(found.rows)} lines of {found.path} is of a training clip (its first "
-            f"audio_key is {example!r}, the first clip {clips[0].clip_id!r}); mine over the training samples"
+            f"hard_neg_jsonl: none of the {len(found)} keys of {path} is a training clip (the first is "
+            f"{next(iter(found))!r}, the first clip {clips[0].clip_id!r}); mine over the training samples"
         )
-    if glossary is not None and not set(found.terms) & set(glossary.terms):
+    if glossary is not None and not set(matched.terms) & set(glossary.terms):
         raise ValueError(
-            f"hard_neg_jsonl: none of the {len(found.terms)} terms of {found.path} is in {glossary.path}; "
+            f"hard_neg_jsonl: none of the {len(matched.terms)} terms of {path} is in {glossary.path}; "
             "mine over the glossary of this run"
         )
-    doubts = [*_foreign(found, matched, len(clips), glossary), *_stale(found, _own_models(run_dir))]
+    doubts = [*_foreign(stamp, matched, len(clips), glossary), *_stale(stamp, _own_models(run_dir))]
     if doubts and settings.hard_neg_strict:
-        raise ValueError(f"hard_neg_jsonl: {found.path}: {'; '.join(doubts)} (refused because of --hard_neg_strict)")
+        raise ValueError(f"hard_neg_jsonl: {path}: {'; '.join(doubts)} (refused because of --hard_neg_strict)")
     for doubt in doubts:
-        logger.warning("mined negatives %s: %s", found.path, doubt)
+        logger.warning("mined negatives %s: %s", path, doubt)
     logger.info(
         "mined negatives: %d terms for %d of %d clips from %s; %d left out, as their clips speak them",
-        len(found.terms), matched.num_matched, len(clips), found.path, matched.num_refused,
+        len(matched.terms), matched.num_matched, len(clips), path, matched.num_refused,
     )  # fmt: skip
     return matched
 
 
-def _foreign(found: HardNegatives, matched: ClipNegatives, num_clips: int, glossary: Glossary | None) -> list[str]:
+def _foreign(stamp: dict[str, str], matched: ClipNegatives, num_clips: int, glossary: Glossary | None) -> list[str]:
     doubts = []
     if matched.num_matched < LEAST_MATCHED * num_clips:
         doubts.append(f"only {matched.num_matched} of {num_clips} training clips have a line")
-    mined_over = found.stamp.get("glossary_sha256")
+    mined_over = stamp.get("glossary_sha256")
     if glossary is not None and mined_over is not None and mined_over != terms_sha256(glossary.terms):
         doubts.append("mined over another glossary than --glossary_path (glossary_sha256 differs)")
     return doubts
 
 
-def _stale(found: HardNegatives, own_models: dict[str, int]) -> list[str]:
-    miner = found.stamp.get("model_sha256")
+def _stale(stamp: dict[str, str], own_models: dict[str, int]) -> list[str]:
+    miner = stamp.get("model_sha256")
     if miner is None:
         return ["no stamp tells which model mined it"]
     if miner not in own_models:

@@ -31,7 +31,7 @@ from data.batches import Batch, Tokenize, collate
 from data.clips import Clip
 from data.drops import DropLog
 from data.glossary import Glossary, group_of
-from data.negatives import ClipNegatives
+from data.mined import ClipNegatives
 from data.reader import AudioReader
 from data.settings import DataSettings
 from data.windows import Windows

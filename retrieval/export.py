@@ -68,10 +68,10 @@ def export_merged(
     tensor's own, and the trained one of a model that trained whole. name: where the base model lies now.
     """
     config = read_config(model)
+    trained = _trained_tensors(model, config)
     sources = _sources(config, name)
     if keys != "base" and not (len(sources) == 1 and sources[0][1].model_type == "qwen2_audio"):
         raise ValueError(f"keys: got {keys!r}; allowed: base, as only a whole Qwen2-Audio has two key schemes")
-    trained = _trained_tensors(model, config)
     for subfolder, source in sources:
         into = folder / subfolder
         into.mkdir(exist_ok=True)
@@ -104,13 +104,13 @@ def export_audio(model: Path, folder: Path, dtype: Dtype, max_shard_bytes: int, 
     config = read_config(model)
     if config["audio_readout"] != "tower":
         raise ValueError("audio_readout: 'lm' sends audio through the language model, so there is no audio-only form")
+    trained = _trained_tensors(model, config)
     source = _sources(config, name, with_text=False)[0][1]
     into = folder / AUDIO_FOLDER
     into.mkdir()
     if source.folder is None:
         _write_towers(model, config, into, AUDIO_FOLDER, dtype, max_shard_bytes)
     else:
-        trained = _trained_tensors(model, config)
         bare = (
             (path.removeprefix("audio_tower."), trained(path, value))
             for _, path, value in stream_tensors(source, ("audio_tower",))

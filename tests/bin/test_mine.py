@@ -153,5 +153,5 @@ def test_training_reads_the_file_and_judges_it(
     lines = output.read_text().splitlines()
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("\n".join(line.replace('"audio_key": "', '"audio_key": "other_') for line in lines) + "\n")
-    with pytest.raises(ValueError, match="none of the 24 lines"):
+    with pytest.raises(ValueError, match="none of the 24 keys"):
         bin.train.train(parse(flags("--run_name", "foreign", "--hard_neg_jsonl", str(foreign))))

@@ -9,7 +9,7 @@ from bin.negatives import load_negatives
 from data.clips import Clip
 from data.drops import DropLog
 from data.glossary import Entry, Glossary
-from data.negatives import terms_sha256
+from data.mined import terms_sha256
 from data.settings import DataSettings
 
 GLOSSARY = Glossary("g.json", [Entry(term, term) for term in ("artisan", "modesto", "keypad")])
@@ -65,7 +65,7 @@ def test_doubts_are_warned_about_or_refused(
 
 
 def test_files_of_other_data_are_refused(run_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"none of the 1 lines .* is of a training clip"):
+    with pytest.raises(ValueError, match=r"none of the 1 keys .* is a training clip"):
         judge(run_dir, OURS, ["elsewhere"])
     with pytest.raises(ValueError, match=r"none of the 1 terms .* is in g.json"):
         judge(run_dir, OURS, ALL, negs=["unheard"])

@@ -106,7 +106,8 @@ def test_plain_transformers_loads_the_merged_checkpoint(
         assert len(shards) == 1 or (keys == "v4" and len(shards) > 5), shards
         names = {key for path in shards for key in load_file(folder / path)}
         expected = set(qwen2_audio.state_dict())
-        assert names == ({v4_key(key) for key in expected} if (scheme if keys == "base" else keys) == "v4" else expected)
+        is_v4 = (scheme if keys == "base" else keys) == "v4"
+        assert names == ({v4_key(key) for key in expected} if is_v4 else expected)
     # Without its adapters the model would be another: the comparison above is not of two untouched copies.
     untouched_NE = torch.cat([qwen2_audio.model.language_model(ids[None]).last_hidden_state.mean(1)
                               for ids in text_pack(opened).ids_P.split(text_pack(opened).lengths)])  # fmt: skip
@@ -128,8 +129,9 @@ def test_two_base_models_become_two_checkpoints(
     audio, loading = WhisperModel.from_pretrained(folder / "audio_tower", output_loading_info=True)
     assert not loading["missing_keys"]
     assert torch.equal(audio.decoder.layers[0].fc1.weight, whisper.decoder.layers[0].fc1.weight)
-    assert not torch.equal(audio.encoder.layers[0].self_attn.q_proj.weight, whisper.encoder.layers[0].self_attn.q_proj.weight)  # noqa: E501
-    text, loading = Qwen2Model.from_pretrained(folder / "text_tower", output_loading_info=True)
+    folded, base = (model.encoder.layers[0].self_attn.q_proj.weight for model in (audio, whisper))
+    assert not torch.equal(folded, base)
+    _, loading = Qwen2Model.from_pretrained(folder / "text_tower", output_loading_info=True)
     assert not loading["missing_keys"]
     with pytest.raises(ValueError, match="only a whole Qwen2-Audio has two key schemes"):
         export_merged(model, folder, "v4", "auto", GB, None)
