@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = [(readout, seed) for seed in range(settings.seeds) for readout in READOUTS]
         started = time.perf_counter()
         with ThreadPoolExecutor(settings.parallel) as pool:
-            runs = list(pool.map(lambda job: train(*job, common, Path(scratch), settings), jobs))
+            runs = list(pool.map(lambda job: train(job[0], job[1], common, Path(scratch), settings), jobs))
         seconds = time.perf_counter() - started
     data = "telephony" if settings.folder is None else f"{Path(settings.folder).name}, split by {settings.split}"
     print(f"\n{data}: {settings.epochs} epochs, {settings.device}, {len(runs)} runs in {seconds:.0f} s")

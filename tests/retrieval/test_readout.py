@@ -1,20 +1,26 @@
 """Both read-outs through one door, and the span of the window that wins."""
 
+import json
+
+import numpy as np
 import torch
 
 from model.build import build_model
+from model.maxsim import WindowShape
 from model.packing import AudioPack
 from model.settings import ModelSettings
 from retrieval.evaluate import top_terms
+from retrieval.index import Term, TermIndex
+from retrieval.model_files import save_model
 from retrieval.readout import encode_clips, no_clips, score_clips, term_spans
+from retrieval.retriever import Retriever
 from tests.bin.tones import AUDIO, TEXT
+from tests.retrieval.small_models import tone
 
 SECONDS = (0.3, 1.2)
 
 
 def build(tmp_path, readout):
-    import json
-
     for name, config in (("audio", AUDIO), ("text", TEXT)):
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
     torch.manual_seed(0)
@@ -64,3 +70,39 @@ def test_the_window_that_wins_tells_score_and_span(tmp_path) -> None:
             assert abs(float(score) - float(scores[clip, rank])) < 1e-5
     # The mean over all frames is a different reading of the same clip.
     assert (score_clips(clips.audio_BE, term_NE) - scores_CN).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_search_and_stream_tell_when_a_term_is_spoken(tmp_path) -> None:
+    """A term whose embedding is that of one stretch of a clip is found just there, in the clip and in a stream."""
+    settings = ModelSettings(
+        audio_model=str(tmp_path / "audio.json"), text_model=str(tmp_path / "text.json"), proj_dim=8, trainable="full",
+        readout="maxsim",
+    )  # fmt: skip
+    build(tmp_path, "maxsim")
+    built = build_model(settings)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", built, settings, torch.tensor(2.5), {})
+    retriever = Retriever.load(tmp_path / "model")
+    assert retriever.model.windows == WindowShape((2, 4, 8, 12, 16, 24), 2)
+
+    wave_S = np.concatenate([tone(300 + 60 * i, 0.08, seed=i) for i in range(24)])  # 1.92 s, no two stretches alike
+    windows = retriever.model.encode_windows(AudioPack(torch.from_numpy(wave_S), [len(wave_S)]))
+    firsts, sizes = windows.table.first_W, windows.table.size_W
+    chosen = int(((firsts == 30) & (sizes == 8)).nonzero())
+    other_E = torch.nn.functional.normalize(-windows.clips.window_WE.mean(0), dim=0)
+    term_NE = torch.stack([other_E, windows.clips.window_WE[chosen]])
+    retriever.use(TermIndex([Term("elsewhere", "Elsewhere"), Term("here", "Here")], term_NE, retriever.fingerprint))
+
+    found = retriever.search(wave_S, k=2)
+    assert [match.surface for match in found] == ["Here", "Elsewhere"]
+    assert abs(found[0].score - 1) < 1e-5
+    assert (round(found[0].start_s, 3), round(found[0].end_s, 3)) == (0.6, 0.76)
+    several = retriever.search_many([wave_S[:16_000], wave_S, wave_S[:8_000]], k=1)
+    assert several[1] == [found[0]] or abs(several[1][0].start_s - 0.6) < 1e-9
+
+    stream = retriever.stream(window=1.92, hop=1.92, lookback=9.0, k=1)
+    stream.accept(np.concatenate([np.zeros(len(wave_S), dtype=np.int16), wave_S]))
+    (match,) = stream.query()
+    assert match.surface == "Here"
+    assert (round(match.start_s, 3), round(match.end_s, 3)) == (2.52, 2.68)
