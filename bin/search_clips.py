@@ -20,7 +20,7 @@ from data.drops import DropLog
 from data.glossary import Glossary, group_of
 from data.reader import AudioReader
 from data.terms import normalise_term
-from losses.relations import equal_pairs, pair_mask
+from losses.relations import SortedKeys, pair_mask
 from model.dual import DualEncoder
 from model.packing import AudioPack
 from retrieval.readout import encode_clips, score_clips
@@ -49,7 +49,8 @@ class ClipSearch:
         self.surfaces = [entry.surface for entry in glossary.entries]
         self.place = {term: i for i, term in enumerate(terms)}
         groups = [group_of(entry.key, glossary) for entry in glossary.entries]
-        self.groups, self.maskable = torch.tensor(groups), frozenset(groups)
+        self.groups, self.maskable = torch.tensor(groups, dtype=torch.int64), frozenset(groups)
+        self.by_group = SortedKeys.of(self.groups)
 
     @torch.no_grad()
     def __call__(self, clips: Sequence[Clip], reader: AudioReader, drops: DropLog) -> Iterator[tuple[Clip, list[str]]]:
@@ -96,5 +97,5 @@ class ClipSearch:
             own.update(spoken_groups(normalise_term(clip.text), self.maskable, self.glossary))
             rows += [row] * len(own)
             groups += sorted(own)
-        query, place = equal_pairs(torch.tensor(groups, dtype=torch.int64), self.groups)
+        query, place = self.by_group.matches(torch.tensor(groups, dtype=torch.int64))
         return pair_mask(torch.tensor(rows, dtype=torch.int64)[query], place, len(clips), len(self.surfaces))

@@ -4,12 +4,13 @@ Shapes: B clips of this rank, N unique terms of the global batch, K bank entries
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from losses.infonce import floor_of, weighted_sum
-from losses.relations import Relations, equal_pairs, pair_mask
+from losses.relations import Relations, SortedKeys, pair_mask
 from losses.scores import ClipScorer, UnitRows
 
 
@@ -27,10 +28,19 @@ class TermBank:
         a cut term), and entries that the batch itself embeds, which stand there fresh."""
         device, clips = self.embeddings_KE.device, relations.clips_of(rank)
         mine = (relations.clip_Q >= clips.start) & (relations.clip_Q < clips.stop)
-        query, entry = equal_pairs(relations.group_Q[mine], self.groups_K)
+        query, entry = self._by_group.matches(relations.group_Q[mine])
         clip = relations.clip_Q[mine][query] - clips.start
-        in_batch_K = torch.isin(self.keys_K, relations.term_keys_N).to(device, non_blocking=True)
-        return pair_mask(clip, entry, len(clips), self.keys_K.numel(), device) | in_batch_K
+        _, in_batch = self._by_key.matches(relations.term_keys_N)
+        in_batch_1K = pair_mask(torch.zeros_like(in_batch), in_batch, 1, self.keys_K.numel(), device)
+        return pair_mask(clip, entry, len(clips), self.keys_K.numel(), device) | in_batch_1K
+
+    @cached_property
+    def _by_group(self) -> SortedKeys:
+        return SortedKeys.of(self.groups_K)
+
+    @cached_property
+    def _by_key(self) -> SortedKeys:
+        return SortedKeys.of(self.keys_K)
 
 
 def hard_negative_loss(
