@@ -22,7 +22,7 @@ from typing import Literal
 
 import tyro
 
-from bin.runlog import configure_logging
+from bin.opening import run_program
 from distributed.atomic import write_folder_atomically
 from retrieval.export import Dtype, export_audio, export_merged, export_peft
 from retrieval.model_card import model_card
@@ -62,10 +62,9 @@ class ExportSettings:
             raise ValueError(f"dtype: got {self.dtype!r}; allowed: auto, as an adapter keeps its fp32 masters")
 
 
-def export(settings: ExportSettings) -> int:
-    """Returns the exit code: 0 unless it raises."""
+def export(settings: ExportSettings) -> None:
+    """Write the folder. Raises ValueError for a model or settings that do not fit."""
     settings.validate()
-    configure_logging(0, None)
     model, output, started = find_model(settings.model), Path(settings.output), time.perf_counter()
     max_bytes = int(settings.max_shard_gb * 1e9)
 
@@ -83,17 +82,12 @@ def export(settings: ExportSettings) -> int:
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     seconds = time.perf_counter() - started
     logger.info("%s: %s form of %s, %.1f MB in %.1f s", output, settings.to, model, size / 1e6, seconds)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings from the command line; a user's error is one line."""
     settings = tyro.cli(ExportSettings, args=argv, use_underscores=True, prog="bin/export.py")
-    try:
-        return export(settings)
-    except ValueError as error:
-        print(f"bin/export.py: error: {error}", file=sys.stderr)
-        return 2
+    return run_program("bin/export.py", lambda: export(settings))
 
 
 if __name__ == "__main__":
