@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import model.maxsim as maxsim
 from model.maxsim import WindowedClips, WindowShape, WindowTable, frame_seconds
+from model.settings import ModelSettings
 
 SHAPE = WindowShape((2, 4), 3)
 
@@ -101,3 +102,19 @@ def test_no_clips_and_no_columns() -> None:
     some = WindowedClips(make_clips([2], 1)[0], [2])
     assert some.against(cols_CE[:0]).shape == (1, 0)
     assert some.against_own(torch.zeros(1, 0, 6, dtype=torch.float64)).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"readout": "max"}, "readout: got 'max'"),
+        ({"maxsim_windows": ()}, "maxsim_windows"),
+        ({"maxsim_windows": (0, 2)}, "maxsim_windows"),
+        ({"maxsim_windows": (4, 4)}, "maxsim_windows"),
+        ({"maxsim_windows": (2, 4), "maxsim_stride": 5}, "maxsim_stride: got 5, allowed are 1 to 4"),
+        ({"maxsim_stride": 0}, "maxsim_stride"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(changed: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ModelSettings(**changed).validate()

@@ -1,8 +1,10 @@
 """Both read-outs through one door, and the span of the window that wins."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from model.build import build_model
@@ -11,7 +13,7 @@ from model.packing import AudioPack
 from model.settings import ModelSettings
 from retrieval.evaluate import top_terms
 from retrieval.index import Term, TermIndex
-from retrieval.model_files import save_model
+from retrieval.model_files import load_trained, save_model
 from retrieval.readout import encode_clips, no_clips, score_clips, term_spans
 from retrieval.retriever import Retriever
 from tests.bin.tones import AUDIO, TEXT
@@ -106,3 +108,16 @@ def test_search_and_stream_tell_when_a_term_is_spoken(tmp_path) -> None:
     (match,) = stream.query()
     assert match.surface == "Here"
     assert (round(match.start_s, 3), round(match.end_s, 3)) == (2.52, 2.68)
+
+
+def test_a_model_is_not_filled_into_one_of_another_readout(tmp_path) -> None:
+    paths = {f"{name}_model": str(tmp_path / f"{name}.json") for name in ("audio", "text")}
+    build(tmp_path, "maxsim")
+    settings = ModelSettings(**paths, proj_dim=8, trainable="full", readout="maxsim", maxsim_windows=(2, 9))
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", build_model(settings), settings, torch.tensor(2.5), {})
+    load_trained(tmp_path / "model", build_model(settings), settings)
+    for changed in ({"readout": "mean"}, {"maxsim_windows": (2, 8)}, {"maxsim_stride": 1}):
+        other = replace(settings, **changed)
+        with pytest.raises(ValueError, match=f"{next(iter(changed))}: got"):
+            load_trained(tmp_path / "model", build_model(other), other)
