@@ -31,6 +31,7 @@ from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
 from bin.evaluation import Evaluator
 from bin.optimizer import parameter_groups
+from bin.reporting import show_test, write_run_report
 from bin.rundir import (
     Resumable,
     RunState,
@@ -40,7 +41,7 @@ from bin.rundir import (
     save_checkpoint,
     save_trained,
 )
-from bin.runlog import Interval, MetricsWriter, configure_logging, environment, progress_bar, show_examples, show_recall
+from bin.runlog import Interval, MetricsWriter, configure_logging, environment, progress_bar
 from bin.step import center_heads, loss_share
 from data.loader import Loader
 from distributed import processes
@@ -309,15 +310,15 @@ def train(config: Config) -> int:
         save_trained(run_dir, "model_final", run, state, {})
         if state.best_step != state.step:
             load_trained(run_dir / "model_best", built, config.model)
-        after = test(model, tokenizer)
+        measured = test.measure(model, tokenizer)
+        after = measured.result()
         write_metrics(after.flat("test/"))
-        examples = test.examples(model, tokenizer, config.run.show_examples)
         if world.is_main:
-            show_recall(state.before, after, run_dir)
-            show_examples(examples)
+            show_test(state.before, measured, run_dir, config.run.show_examples)
         set_status("finished", f"Recall@10 {after.recall(10):.4f} with the model of step {state.best_step}")
         if metrics is not None:
             metrics.close()
+            write_run_report(run_dir, measured, data.train, data.reader, data.drops, str(world.device))
         return 0
     except BaseException as error:
         if is_ours:

@@ -106,6 +106,41 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def replace_files(path: Path, changed: Mapping[str, bytes]) -> None:
+    """Replace some files of a sealed folder, all at once: a new folder takes its place, the other files linked into it.
+
+    What else the manifest says stays. ValueError when the folder has no readable manifest.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        entries = {name: entry for name, entry in manifest.pop("files").items() if name not in changed}
+        del manifest["format"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path / MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    temporary = make_temporary_folder(path)
+    try:
+        for file in sorted(path.rglob("*")):
+            name = file.relative_to(path).as_posix()
+            if file.is_dir():
+                (temporary / name).mkdir(parents=True, exist_ok=True)
+            elif name != MANIFEST and name not in changed:
+                _link_or_copy(file, temporary / name)
+        for name, content in changed.items():
+            (temporary / name).write_bytes(content)
+        seal_folder(temporary, entries, **manifest)
+        replace_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(source, target)
+
+
 def seal_folder(folder: Path, known: Mapping[str, dict] | None = None, **facts: Any) -> None:
     """Set modes, fsync every file, write the manifest last.
 

@@ -6,21 +6,28 @@ processes there are. Example: 10 clips, batch_size 4, world_size 2.
 
     process 0: clips 0-3 and 8-9        process 1: clips 4-7
 
-The scores of a batch come from one product with the whole term matrix, for the same reason. (With the same number of
+The scores of a batch come from one product with each chunk of terms, for the same reason. (With the same number of
 CPU threads in each process; a different number may change the last bit of a product.) What crosses between processes is
 passed in as callables, for this package knows nothing of collectives.
 
-Shapes: C clips, N terms of the glossary, R rows of one process, E embedding, K top terms, S packed values.
+Shapes: C clips, N terms of the glossary, R rows of one process, K terms of a chunk or top terms, E embedding,
+S packed values.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from retrieval.metrics import KS, SUBSETS, ClipRanks, EvalResult, Judgements, rank_positives, summarise
+from retrieval.judgements import Judgements
+from retrieval.metrics import SUBSETS, EvalResult
+from retrieval.ranks import ClipRanks, Ranker
 from retrieval.readout import EncodedClips, best_terms, score_clips
+
+SHOWN_KS = (1, 5, 10)
+CHUNK_TERMS = 1 << 14
 
 EncodeRows = Callable[[int, int], torch.Tensor]
 """(start, stop) -> embeddings [stop - start, E] of these items."""
@@ -68,49 +75,84 @@ def encode_in_fixed_batches(
     parts = [torch.empty(0, embedding_dim, device=device)]
     with torch.no_grad():
         for start, stop in shares[rank]:
-            part_RE = encode(start, stop).float()
-            assert part_RE.shape == (stop - start, embedding_dim), (part_RE.shape, start, stop, embedding_dim)
-            parts.append(part_RE)
-        rows_RE = torch.cat(parts)
-        gathered_NE = gather_rows(rows_RE, counts)
+            parts.append(encode(start, stop).float())
+            assert parts[-1].shape == (stop - start, embedding_dim), (parts[-1].shape, start, stop, embedding_dim)
+        gathered_NE = gather_rows(torch.cat(parts), counts)
     place_N = torch.tensor([i for share in shares for start, stop in share for i in range(start, stop)], device=device)
     ordered_NE = torch.empty_like(gathered_NE)
     ordered_NE[place_N.long()] = gathered_NE
     return ordered_NE
 
 
-def evaluate(
+def measure(
     encode_clips: EncodeClips,
-    term_NE: torch.Tensor,
+    encode_terms: EncodeRows,
     judgements: Judgements,
     batch_size: int,
+    sizes: Sequence[int] | None = None,
+    num_top: int = 1,
     rank: int = 0,
     world_size: int = 1,
     gather_ints: GatherInts = lambda values_S: values_S,
-    ks: Sequence[int] = KS,
-) -> EvalResult:
-    """Rank the glossary for every clip and measure. Every process must call this and gets the same result.
+    device: torch.device | str = "cpu",
+) -> list[ClipRanks]:
+    """Rank the glossary for every clip. Every process must call this and gets the same facts of all clips.
+
+    The glossary is gone through once, CHUNK_TERMS at a time, so that a million terms need no memory of their own; only
+    the embeddings of chunks with positives are kept, since a positive's score must be known before terms are counted.
 
     Args:
-        encode_clips: clips that it leaves out (unreadable audio) are not measured: `num_clips` then counts fewer.
-        term_NE: L2-normalised, fp32, the same on every process (see `encode_in_fixed_batches`).
+        encode_clips: clips that it leaves out (unreadable audio) are not measured.
+        encode_terms: a collective: the same L2-normalised rows on every process (see `encode_in_fixed_batches`). All
+            processes call it with the same spans.
         batch_size: clips a batch; the same number at any world size gives the same bits.
+        sizes: ascending; the facts are asked for among the first so many terms, each size giving one entry of the
+            result. By default the whole glossary. All positives lie below the first size.
+        num_top: how many of the best terms of each clip are kept.
+        device: where clips and terms are encoded, and ranked.
+
+    Raises:
+        ValueError: sizes that do not ascend, go beyond the glossary, or leave a positive out.
     """
-    parts = []
+    sizes = [judgements.num_terms] if sizes is None else list(sizes)
+    num_gold = 1 + max((place for places in judgements.positives for place in places), default=-1)
+    least = max(1, num_gold)
+    if sizes != sorted(set(sizes)) or not sizes or sizes[0] < least or sizes[-1] > judgements.num_terms:
+        raise ValueError(f"sizes: {sizes}; allowed: ascending, {least} (all positives) to {judgements.num_terms}")
     with torch.no_grad():
+        batches, rankers = [], []
         for start, stop in rank_share(judgements.num_clips, batch_size, rank, world_size):
             clips, encoded = encode_clips(start, stop)
             assert all(start <= clip < stop for clip in clips), (clips, start, stop)
-            scores_RN = score_clips(encoded, term_NE)
-            parts.append(rank_positives(scores_RN, clips, judgements))
-    packed_S = gather_ints(torch.from_numpy(ClipRanks.join(parts).pack()))
-    return summarise(ClipRanks.unpack(packed_S.cpu().numpy()), judgements.num_terms, ks)
+            batches.append(encoded)
+            rankers.append(Ranker(clips, judgements, num_top, device))
+
+        spans = [
+            (start, min(start + CHUNK_TERMS, stop))
+            for first, stop in itertools.pairwise([0, *sizes])
+            for start in range(first, stop, CHUNK_TERMS)
+        ]
+        kept: dict[int, torch.Tensor] = {}
+        for start, stop in spans:
+            if start < num_gold:
+                kept[start] = encode_terms(start, stop)
+                for encoded, ranker in zip(batches, rankers, strict=True):
+                    ranker.note_positives(score_clips(encoded, kept[start]), start)
+        parts: list[list[ClipRanks]] = []
+        for start, stop in spans:
+            term_KE = kept.pop(start) if start in kept else encode_terms(start, stop)
+            for encoded, ranker in zip(batches, rankers, strict=True):
+                ranker.add(score_clips(encoded, term_KE), start)
+            if stop in sizes:
+                parts.append([ranker.ranks() for ranker in rankers])
+    joined = (ClipRanks.join(some or [ClipRanks.empty(num_top)]) for some in parts)
+    return [ClipRanks.unpack(gather_ints(torch.from_numpy(ranks.pack())).cpu().numpy()) for ranks in joined]
 
 
 def top_terms(
     clips: EncodedClips, term_NE: torch.Tensor, k: int, order_N: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The best k terms of each clip (all terms when there are fewer), in the order that `retrieval.metrics` ranks by.
+    """The best k terms of each clip (all terms when there are fewer), in the order that `retrieval.ranks` ranks by.
 
     Args:
         order_N: `Judgements.order_N`, what breaks ties.
@@ -121,7 +163,9 @@ def top_terms(
     return best_terms(clips, term_NE, k, order_N)
 
 
-def recall_table(before: EvalResult, after: EvalResult, ks: Sequence[int] = KS) -> tuple[list[str], list[list[str]]]:
+def recall_table(
+    before: EvalResult, after: EvalResult, ks: Sequence[int] = SHOWN_KS
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the closing table: recall before -> after for all, seen and unseen terms.
 
     A subset that no clip belongs to has a row of dashes: absent is not zero.

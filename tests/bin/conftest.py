@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bin.tones import AUDIO, TERMS, TEXT, write_samples
+from tests.bin.tones import TERMS, write_architectures, write_samples
 from tests.retrieval.small_models import write_full_model
 
 
@@ -17,8 +17,7 @@ def tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_samples(folder, "train", 24, seed=1)
     write_samples(folder, "test", 10, seed=2)
     (folder / "glossary.json").write_text(json.dumps([*TERMS, "parking lot", "hash key"]))
-    (folder / "audio.json").write_text(json.dumps(AUDIO))
-    (folder / "text.json").write_text(json.dumps(TEXT))
+    write_architectures(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 of all of them joined. Run by tests/distributed/ranks.py in a folder that holds test.json and its audio.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from distributed import processes
 from distributed.atomic import json_bytes, write_tensors
 from distributed.processes import World
 from model.build import Built
+from retrieval.measured import account
 from tests.bin.ranks_step import build
 from tests.bin.tones import TERMS
 from tests.distributed.ranks import fork_rank, forks_itself, wait_all
@@ -34,6 +36,12 @@ def evaluator(folder: Path, batch_size: int, world: World) -> Evaluator:
     return Evaluator(clips, list(RANKED), SEEN, AudioReader(1), drops, batch_size, world)
 
 
+def with_distractors(measure: Evaluator) -> Evaluator:
+    """The same clips at three sizes of the glossary, terms in batches of their own size."""
+    distractors = tuple(f"distractor {i}" for i in range(40))
+    return replace(measure, distractors=distractors, distractor_sizes=(10, 40), term_batch_size=3)
+
+
 def small_model(folder: Path) -> Built:
     return build(folder, torch.float32)[0]
 
@@ -49,6 +57,7 @@ def one_file_at_all_world_sizes(port: int, folder: Path) -> None:
                 measure = evaluator(folder, batch_size, world)
                 result = measure(built.model, built.tokenizer)
                 own_drops = measure.drops.lines()
+                whole = with_distractors(measure).measure(built.model, built.tokenizer)
                 name = f"{batch_size} {world_size}"
                 merge_drops(measure.drops, world, folder / f"bad {name}.jsonl")
                 found = {
@@ -56,9 +65,9 @@ def one_file_at_all_world_sizes(port: int, folder: Path) -> None:
                     "own drops": own_drops,
                     "merged drops": measure.drops.lines(),
                     "counts": dict(measure.drops.counts),
-                    "examples": [
-                        [clip.clip_id, terms] for clip, terms in measure.examples(built.model, built.tokenizer, 4)
-                    ],
+                    "examples": [[clip.clip_id, terms] for clip, terms in whole.examples(4)],
+                    "facts": [ranks.pack().tolist() for ranks in whole.ranks_by_size.values()],
+                    "account": account(whole, num_resamples=20),
                     "over the limit": over_the_limit(own_drops, len(measure.clips), world, folder),
                 }
                 (folder / f"{name} {world.rank}.json").write_bytes(json_bytes(found))

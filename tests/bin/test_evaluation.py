@@ -17,7 +17,15 @@ from data.terms import key64
 from distributed.atomic import read_tensors
 from distributed.processes import World
 from model.packing import AudioPack
-from tests.bin.ranks_evaluation import BATCH_SIZES, RANKED, UNREADABLE, WORLD_SIZES, evaluator, small_model
+from tests.bin.ranks_evaluation import (
+    BATCH_SIZES,
+    RANKED,
+    UNREADABLE,
+    WORLD_SIZES,
+    evaluator,
+    small_model,
+    with_distractors,
+)
 from tests.bin.ranks_step import build
 from tests.bin.tones import write_samples
 from tests.distributed.launching import launch
@@ -58,7 +66,9 @@ def test_result_and_embeddings_have_the_bits_of_one_process(written: Path, batch
     assert torch.equal(embedded["terms"], embedded["bank"])
     for rank, found in enumerate(of_ranks(written, batch_size, world_size)):
         assert found["result"] == expected["result"]
-        assert found["examples"] == expected["examples"]
+        assert len(found["facts"]) == 3
+        for name in ("examples", "facts", "account"):
+            assert found[name] == expected[name], name
         tensors = read_tensors(written / f"{batch_size} {world_size} {rank}.safetensors")
         for name, value in embedded.items():
             assert torch.equal(tensors[name], value), (name, rank)
@@ -137,7 +147,8 @@ def test_a_warning_says_how_many_could_not_be_read(
 def test_examples_are_spread_over_the_file_best_term_first(whole: Path, tmp_path: Path) -> None:
     built = small_model(whole)
     measure = evaluator(whole, 4, ALONE)
-    found = measure.examples(built.model, built.tokenizer, 3, k=4)
+    measured = measure.measure(built.model, built.tokenizer, num_top=99)
+    found = measured.examples(3, k=4)
     assert [clip.clip_id for clip, _ in found] == ["test_0", "test_3", "test_6"]
     with torch.no_grad():
         term_NE = encode_terms(built.model.eval(), built.tokenizer, RANKED, 4, ALONE)
@@ -145,8 +156,8 @@ def test_examples_are_spread_over_the_file_best_term_first(whole: Path, tmp_path
             wave_S = torch.from_numpy(measure.reader.read(clip.audio_path).copy())
             scores_N = (built.model.encode_audio(AudioPack(wave_S, [len(wave_S)])) @ term_NE.T)[0]
             assert names == [RANKED[place] for place in scores_N.topk(4).indices.tolist()]
-    assert measure.examples(built.model, built.tokenizer, 0) == []
-    everything = measure.examples(built.model, built.tokenizer, 99, k=99)
+    assert measured.examples(0) == []
+    everything = measured.examples(99, k=99)
     assert [len(names) for _, names in everything] == [len(RANKED)] * 11
 
 
@@ -159,7 +170,7 @@ def test_measuring_restores_the_mode_and_never_drops_out(whole: Path, training: 
     bank_glossary = Glossary("", [Entry("voicemail", "Voicemail")])
     for work in (
         lambda: measure(built.model, built.tokenizer),
-        lambda: measure.examples(built.model, built.tokenizer, 2),
+        lambda: measure.measure(built.model, built.tokenizer).examples(2),
         lambda: embed_bank(built.model, built.tokenizer, bank_glossary, 4, ALONE).embeddings_KE.tolist(),
     ):
         assert work() == work()
@@ -177,3 +188,22 @@ def test_the_bank_knows_its_terms_by_key_and_group(whole: Path) -> None:
     assert bank.groups_K.tolist() == [glossary.group("voicemails"), glossary.group("pound key")]
     assert not bank.embeddings_KE.requires_grad
     torch.testing.assert_close(bank.embeddings_KE.norm(dim=1), torch.ones(2))
+
+
+def test_each_size_of_the_glossary_is_measured_as_if_it_were_the_whole(whole: Path) -> None:
+    built = small_model(whole)
+    measure = with_distractors(evaluator(whole, 4, ALONE))
+    found = measure.measure(built.model, built.tokenizer)
+    assert list(found.ranks_by_size) == [len(RANKED), len(RANKED) + 10, len(RANKED) + 40]
+    assert found.result() == measure(built.model, built.tokenizer)
+    alone = replace(measure, terms=[*RANKED, *measure.distractors[:10]], distractors=(), distractor_sizes=())
+    assert found.result(len(RANKED) + 10).subsets == alone(built.model, built.tokenizer).subsets
+
+
+def test_a_distractor_that_is_spoken_or_ignored_is_neither_right_nor_wrong_for_that_clip(whole: Path) -> None:
+    measure = evaluator(whole, 4, ALONE)
+    clips = [replace(measure.clips[0], text="Press the Star-Key now", ignored=("menus",)), *measure.clips[1:]]
+    measure = replace(measure, clips=clips, distractors=("star key", "menu", "zebra"), distractor_sizes=(3,))
+    places = {term: place for place, term in enumerate(measure.ranked_terms)}
+    assert measure.judgements.ignored[0] == sorted([places["star key"], places["menu"]])
+    assert measure.judgements.ignored[1] == []

@@ -56,7 +56,7 @@ def test_one_process_learns_and_leaves_the_whole_run_directory(flags: Flags, tmp
         "bad_records.jsonl",
         "checkpoints",
     } <= names
-    assert {"model_best", "model_final", "model_best.pt", "model_final.pt"} <= names
+    assert {"model_best", "model_final", "model_best.pt", "model_final.pt", "report.html"} <= names
     assert list(run.glob("train_*_*.log"))
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000045", "step-00000090"]
     assert not [name for name in names if ".tmp" in name]

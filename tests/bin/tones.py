@@ -63,6 +63,14 @@ def write_samples(folder: Path, name: str, num_clips: int, seed: int) -> Path:
     return samples
 
 
+def write_architectures(folder: Path) -> tuple[Path, Path]:
+    """audio.json and text.json: towers that are built from nothing."""
+    paths = folder / "audio.json", folder / "text.json"
+    for path, config in zip(paths, (AUDIO, TEXT), strict=True):
+        path.write_text(json.dumps(config))
+    return paths
+
+
 def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
 

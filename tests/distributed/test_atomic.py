@@ -138,3 +138,34 @@ def test_single_file_runs_no_code(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a one-file copy"):
         atomic.load_single_file(tmp_path / "other.pt")
+
+
+def test_some_files_of_a_folder_are_replaced_at_once_and_the_others_stay_the_same_files(tmp_path):
+    path = tmp_path / "model_best"
+    atomic.write_folder_atomically(path, lambda f: [(f / n).write_bytes(n.encode()) for n in ("a.json", "b.bin")])
+    inode = (path / "b.bin").stat().st_ino
+    atomic.replace_files(path, {"a.json": b"new", "c.json": b"more"})
+    assert {f.name: f.read_bytes() for f in path.iterdir() if f.name != atomic.MANIFEST} == {
+        "a.json": b"new", "b.bin": b"b.bin", "c.json": b"more",
+    }  # fmt: skip
+    assert (path / "b.bin").stat().st_ino == inode
+    assert atomic.damage(path) is None
+    assert entries(tmp_path) == ["model_best"]
+
+
+def test_files_are_copied_where_links_are_not_possible(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("not supported")
+
+    path = tmp_path / "model_best"
+    atomic.write_folder_atomically(path, lambda folder: (folder / "b.bin").write_bytes(b"b"))
+    monkeypatch.setattr(os, "link", no_links)
+    atomic.replace_files(path, {"a.json": b"new"})
+    assert (path / "b.bin").read_bytes() == b"b"
+    assert atomic.damage(path) is None
+
+
+def test_a_folder_without_a_manifest_is_left_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"MANIFEST\.json cannot be read"):
+        atomic.replace_files(tmp_path, {"a.json": b"new"})
+    assert entries(tmp_path) == []

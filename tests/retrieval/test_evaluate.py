@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrieval.evaluate import encode_in_fixed_batches, evaluate, plain_table, rank_share, recall_table, top_terms
-from retrieval.metrics import EvalResult, Judgements
+from retrieval.evaluate import encode_in_fixed_batches, measure, plain_table, rank_share, recall_table, top_terms
+from retrieval.judgements import Judgements
+from retrieval.metrics import EvalResult, summarise
+from retrieval.ranks import ClipRanks
 
 NUM_CLIPS, NUM_TERMS, DIM = 23, 17, 8
 
@@ -70,9 +72,13 @@ def run_at(world_size: int, weights, judgements: Judgements, lost: frozenset[int
                 packed[rank] = values
                 return torch.cat(list(packed.values()))
 
-            result = evaluate(encode_clips, embeddings[rank], judgements, 4, rank, world_size, gather_ints)
+            term_NE = embeddings[rank]
+            (ranks,) = measure(
+                encode_clips, lambda start, stop, all_NE=term_NE: all_NE[start:stop], judgements, 4,
+                rank=rank, world_size=world_size, gather_ints=gather_ints,
+            )  # fmt: skip
             if last_round:
-                results.append(result)
+                results.append(summarise(ranks, NUM_TERMS))
     return embeddings, results
 
 
@@ -127,6 +133,43 @@ def test_recall_table_shows_before_and_after_with_counts(weights, judgements: Ju
     lines = plain_table(header, rows).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1
+
+
+def dot_measure(weights, judgements: Judgements, sizes: list[int] | None = None) -> list[ClipRanks]:  # type: ignore[no-untyped-def]
+    clips, terms, head = weights
+    audio_CE, term_NE = (torch.nn.functional.normalize(rows @ head, dim=-1) for rows in (clips, terms))
+    return measure(
+        lambda start, stop: (range(start, stop), audio_CE[start:stop]),
+        lambda start, stop: term_NE[start:stop], judgements, 4, sizes, num_top=5,
+    )  # fmt: skip
+
+
+def test_each_size_is_measured_as_if_the_glossary_ended_there(weights) -> None:  # type: ignore[no-untyped-def]
+    keys = [f"term {(7 * i) % NUM_TERMS:02d}" for i in range(NUM_TERMS)]  # not in alphabetical order
+    gold = [[keys[i % 5], keys[(i + 1) % 5]] for i in range(NUM_CLIPS)]
+    sizes = [5, 6, 11, NUM_TERMS]
+    measured = dot_measure(weights, Judgements.from_terms(keys, gold), sizes)
+    for size, ranks in zip(sizes, measured, strict=True):
+        clips, terms, head = weights
+        (alone,) = dot_measure((clips, terms[:size], head), Judgements.from_terms(keys[:size], gold))
+        np.testing.assert_array_equal(ranks.rank_P, alone.rank_P)
+        np.testing.assert_array_equal(ranks.top_place_CT, alone.top_place_CT)
+        np.testing.assert_allclose(ranks.top_score_CT, alone.top_score_CT, rtol=1e-5)
+    assert (np.diff([ranks.rank_P for ranks in measured], axis=0) >= 0).all()
+
+
+def test_chunks_of_terms_change_nothing(weights, judgements: Judgements, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    (whole,) = dot_measure(weights, judgements)
+    monkeypatch.setattr("retrieval.evaluate.CHUNK_TERMS", 3)
+    (in_chunks,) = dot_measure(weights, judgements)
+    np.testing.assert_allclose(in_chunks.top_score_CT, whole.top_score_CT, rtol=1e-6)
+    assert summarise(in_chunks, NUM_TERMS).subsets == summarise(whole, NUM_TERMS).subsets
+
+
+@pytest.mark.parametrize("sizes", [[], [3, NUM_TERMS], [NUM_TERMS, NUM_TERMS], [NUM_TERMS + 1], [NUM_TERMS, 16]])
+def test_sizes_that_cannot_be_measured_are_errors(sizes: list[int], weights, judgements: Judgements) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=re.escape(f"sizes: {sizes}; allowed: ascending, 17 (all positives) to 17")):
+        dot_measure(weights, judgements, sizes)
 
 
 @pytest.mark.parametrize(

@@ -11,23 +11,10 @@ from hypothesis import strategies as st
 from ir_measures import RR, R, Success
 from scipy.stats import mannwhitneyu
 
-from retrieval.metrics import ClipRanks, Judgements, auroc, rank_positives, summarise
-
-
-def random_case(seed: int, num_clips: int = 60, num_terms: int = 40) -> tuple[torch.Tensor, Judgements]:
-    """Distinct scores; clips with 0 to 4 positives, 0 to 5 ignored terms, some without any term."""
-    rng = np.random.default_rng(seed)
-    keys = [f"term {i:03d}" for i in rng.permutation(num_terms)]
-    terms, ignored = [], []
-    for clip in range(num_clips):
-        drawn = rng.permutation(num_terms)
-        num_positives = 0 if clip % 7 == 0 else int(rng.integers(1, 5))
-        num_ignored = 0 if clip % 7 == 0 else int(rng.integers(0, 6))
-        terms.append([keys[i] for i in drawn[:num_positives]])
-        ignored.append([keys[i] for i in drawn[num_positives : num_positives + num_ignored]])
-    judgements = Judgements.from_terms(keys, terms, ignored, seen_terms=keys[: num_terms // 2])
-    values = rng.permutation(num_clips * num_terms).reshape(num_clips, num_terms) / (num_clips * num_terms)
-    return torch.from_numpy(values), judgements
+from retrieval.judgements import Judgements
+from retrieval.metrics import KS, auroc, subset_metrics, summarise
+from retrieval.ranks import ClipRanks, rank_positives
+from tests.retrieval.cases import random_case
 
 
 def measured_outside(scores_CN: torch.Tensor, judgements: Judgements, chosen_N: np.ndarray) -> dict[str, float]:
@@ -40,7 +27,7 @@ def measured_outside(scores_CN: torch.Tensor, judgements: Judgements, chosen_N: 
             qrels[str(clip)] = wanted
             left_out = set(judgements.ignored[clip]) - set(positives)
             run[str(clip)] = {str(t): float(s) for t, s in enumerate(scores_CN[clip]) if t not in left_out}
-    measures = [R @ 1, R @ 5, R @ 10, Success @ 1, Success @ 5, Success @ 10, RR]
+    measures = [RR, *(measure @ k for k in KS for measure in (R, Success))]
     return {str(m): v for m, v in ir_measures.calc_aggregate(measures, qrels, run).items()}
 
 
@@ -51,7 +38,7 @@ def test_recall_hit_and_mrr_equal_ir_measures_on_every_subset(seed: int) -> None
     everything = np.ones(40, dtype=bool)
     for subset, chosen_N in (("all", everything), ("seen", judgements.seen_N), ("unseen", ~judgements.seen_N)):
         outside, ours = measured_outside(scores_CN, judgements, chosen_N), result.subsets[subset]
-        for k in (1, 5, 10):
+        for k in KS:
             assert ours.recall[k] == pytest.approx(outside[f"R@{k}"], abs=1e-12)
             assert ours.hit[k] == pytest.approx(outside[f"Success@{k}"], abs=1e-12)
         assert ours.mrr == pytest.approx(outside["RR"], abs=1e-12)
@@ -100,13 +87,6 @@ def test_worked_out_by_hand() -> None:
     assert flat["eval/no_term_auroc"] == pytest.approx(0.5)  # 0.7 above 0.6, 0.4 below
 
 
-def test_equal_scores_rank_by_term_key_not_by_column() -> None:
-    keys = ["delta", "alpha", "charlie", "bravo"]
-    judgements = Judgements.from_terms(keys, [["delta"], ["alpha"], ["charlie"], ["bravo"]])
-    ranks = rank_positives(torch.zeros(4, 4), range(4), judgements)
-    assert ranks.rank_P.tolist() == [4, 1, 3, 2]
-
-
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 60), max_size=4), shuffle=st.randoms())
 def test_parts_of_any_cut_in_any_order_give_the_same_numbers(seed: int, cuts: list[int], shuffle) -> None:  # type: ignore[no-untyped-def]
@@ -121,26 +101,6 @@ def test_parts_of_any_cut_in_any_order_give_the_same_numbers(seed: int, cuts: li
     assert summarise(ClipRanks.unpack(np.concatenate(packed)), 40).flat() == whole
 
 
-def test_pack_keeps_every_bit() -> None:
-    scores_CN, judgements = random_case(5)
-    ranks = rank_positives(scores_CN * -(1 / 3), range(60), judgements)
-    again = ClipRanks.unpack(ranks.pack())
-    for name in ("clip_C", "top_C", "is_no_term_C", "num_positives_C", "rank_P", "seen_P"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(ranks, name))
-
-
-def test_a_clip_measured_twice_is_an_error() -> None:
-    scores_CN, judgements = random_case(6)
-    part = rank_positives(scores_CN[:3], range(3), judgements)
-    with pytest.raises(ValueError, match="3 clips were measured more than once"):
-        ClipRanks.join([part, part])
-
-
-def test_a_variant_of_its_own_term_stays_positive() -> None:
-    both = Judgements.from_terms(["plural", "other"], [["plural"]], [["plural", "other"]])
-    assert rank_positives(torch.tensor([[0.1, 0.9]]), [0], both).rank_P.tolist() == [1]
-
-
 def test_an_absent_subset_is_absent_not_zero() -> None:
     judgements = Judgements.from_terms(["one", "two"], [["one"]], seen_terms=["one"])
     result = summarise(rank_positives(torch.tensor([[0.9, 0.1]]), [0], judgements), 2)
@@ -150,41 +110,11 @@ def test_an_absent_subset_is_absent_not_zero() -> None:
     assert result.recall(10) == 1.0
     with pytest.raises(ValueError, match="subset: 'unseen' has no clips here; allowed: all, seen"):
         result.recall(10, "unseen")
-    with pytest.raises(ValueError, match=r"k: 7 was not measured; allowed: \[1, 5, 10\]"):
+    with pytest.raises(ValueError, match=r"k: 7 was not measured; allowed: \[1, 5, 10, 20, 100\]"):
         result.recall(7)
 
 
-def test_a_clip_with_only_cut_terms_is_neither_term_nor_no_term() -> None:
-    judgements = Judgements.from_terms(["one", "two"], [[], [], ["one"]], [["one"], [], []])
-    assert judgements.is_no_term_C.tolist() == [False, True, False]
-
-
-def test_a_glossary_larger_than_the_comparison_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores_CN, judgements = random_case(7)
-    whole = rank_positives(scores_CN, range(60), judgements).rank_P
-    monkeypatch.setattr("retrieval.metrics._TABLE_ELEMENTS", 100)
-    np.testing.assert_array_equal(rank_positives(scores_CN, range(60), judgements).rank_P, whole)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"term_keys": ["a", "a"]}, "term_keys: 1 terms occur more than once"),
-        ({"clip_terms": [["zebra"]]}, r"clip_terms: 1 terms are not in the glossary of 2, for example \['zebra'\]"),
-        ({"clip_ignored": [["a"], ["b"]]}, "clip_ignored: 2 entries for 1 clips"),
-        ({"is_no_term": [True]}, r"is_no_term: clips \[0\] are marked no-term and have terms"),
-        ({"is_no_term": [False, False]}, "is_no_term: 2 entries for 1 clips"),
-    ],
-)
-def test_judgements_that_contradict_themselves_are_errors(change: dict[str, object], message: str) -> None:
-    given_terms: dict[str, object] = {"term_keys": ["a", "b"], "clip_terms": [["a"]]}
-    with pytest.raises(ValueError, match=message):
-        Judgements.from_terms(**{**given_terms, **change})  # type: ignore[arg-type]
-
-
-def test_broken_scores_are_errors() -> None:
-    judgements = Judgements.from_terms(["a", "b"], [["a"]])
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        rank_positives(torch.tensor([[0.1, float("nan")]]), [0], judgements)
-    with pytest.raises(ValueError, match=r"shape \(1, 3\); allowed: \(1, 2\)"):
-        rank_positives(torch.zeros(1, 3), [0], judgements)
+def test_chosen_positives_are_those_of_a_subset() -> None:
+    scores_CN, judgements = random_case(8)
+    ranks = rank_positives(scores_CN, range(60), judgements)
+    assert subset_metrics(ranks, ranks.seen_P) == summarise(ranks, 40).subsets["seen"]
