@@ -72,6 +72,8 @@ class TrainSettings:
     """At the very start, set the heads' biases so that embeddings average to zero over a few hundred clips."""
     refresh_bank_every: int = 0
     """Steps after which the glossary is embedded again for hard negatives; 0 = at the start of each epoch."""
+    bank_terms: int = 0
+    """Glossary terms that are embedded each time, drawn anew; 0 = all. Fewer stop training for less long."""
     eval_every: int = 1
     """Epochs between evaluations."""
     eval_batch_size: int = 32
@@ -104,6 +106,7 @@ class TrainSettings:
             "plateau_patience",
             "save_every_steps",
             "refresh_bank_every",
+            "bank_terms",
             "weight_decay",
         ):
             if getattr(self, name) < 0:

@@ -7,11 +7,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from bin.negatives import load_negatives
 from data.checks import check_clips
 from data.clips import Clip, load_clips
 from data.drops import DropLog
 from data.glossary import Glossary, load_glossary
 from data.leaks import refuse_leaks
+from data.mined import ClipNegatives
 from data.reader import AudioReader
 from data.records import find_file
 from data.settings import DataSettings
@@ -29,6 +31,7 @@ class Datasets:
     dev: list[Clip] | None  # None: the test set serves as dev set too
     glossary: Glossary | None
     windows: Windows | None
+    negatives: ClipNegatives | None
     terms: list[str]  # what evaluation ranks: the glossary, and labels of test and dev that it lacks
     seen_terms: frozenset[str]  # terms that are a positive of a training clip or may be one of a random window
     reader: AudioReader
@@ -58,6 +61,8 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
     if settings.glossary_path is not None:
         glossary = load_glossary(find_file(settings.glossary_path, settings.data_root, "--glossary_path"), drops)
     windows = _load_windows(settings, clips["train"], glossary, drops)
+    run_dir = None if bad_records is None else bad_records.parent
+    negatives = load_negatives(settings, clips["train"], glossary, run_dir, drops) if clips["train"] else None
     for account in accounts.values():
         drops.absorb(account)
     if bad_records is not None and world.is_main:
@@ -84,6 +89,7 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
         clips.get("dev"),
         glossary,
         windows,
+        negatives,
         _ranked_terms(clips, glossary, world),
         _seen_terms(clips["train"], windows),
         AudioReader(settings.audio_cache_mb),

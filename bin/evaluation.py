@@ -15,12 +15,10 @@ from data.audio import AudioError
 from data.batches import spoken_groups
 from data.clips import Clip
 from data.drops import DropLog
-from data.glossary import Glossary, group_of
 from data.reader import AudioReader
-from data.terms import key64, normalise_term, variant_group
+from data.terms import normalise_term, variant_group
 from distributed.collectives import gather_ints, gather_rows
 from distributed.processes import World
-from losses.terms import TermBank
 from model.dual import DualEncoder
 from model.packing import AudioPack, TextPack
 from model.tokenizer import Tokenizer
@@ -29,6 +27,7 @@ from retrieval.evaluate import encode_in_fixed_batches, measure
 from retrieval.judgements import Judgements
 from retrieval.measured import Measured
 from retrieval.metrics import EvalResult
+from retrieval.readout import EncodedClips, encode_clips, no_clips
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +61,6 @@ def encode_terms(
     )
     stop_together()
     return term_NE
-
-
-def embed_bank(model: DualEncoder, tokenizer: Tokenizer, glossary: Glossary, batch_size: int, world: World) -> TermBank:
-    """The glossary as negatives, embedded with the model of this moment, spread over the ranks. A collective."""
-    was_training = model.training
-    model.eval()
-    embeddings_KE = encode_terms(model, tokenizer, glossary.terms, batch_size, world)
-    model.train(was_training)
-    keys = torch.tensor([key64(term) for term in glossary.terms])
-    return TermBank(embeddings_KE, keys, torch.tensor([group_of(term, glossary) for term in glossary.terms]))
 
 
 @dataclass
@@ -146,8 +135,8 @@ class Evaluator:
             groups += [variant_group(term) for term in clip.ignored]
             yield [term for group in groups for term in by_group.get(group, ())]
 
-    def _encode_clips(self, model: DualEncoder, indices: Iterable[int]) -> tuple[list[int], Tensor]:
-        """Embeddings of the clips that can be read; the others are counted among the drops."""
+    def _encode_clips(self, model: DualEncoder, indices: Iterable[int]) -> tuple[list[int], EncodedClips]:
+        """Those of the clips that can be read; the others are counted among the drops."""
         kept, waves = [], []
         for index in () if is_requested() else indices:
             clip = self.clips[index]
@@ -157,5 +146,5 @@ class Evaluator:
             except AudioError as error:
                 self.drops.add(error.reason, clip.source, error.detail)
         if not kept:
-            return kept, torch.zeros(0, model.audio_head.out_features, device=model.device)
-        return kept, model.encode_audio(AudioPack(torch.cat(waves), [len(wave) for wave in waves]))
+            return kept, no_clips(model)
+        return kept, encode_clips(model, AudioPack(torch.cat(waves), [len(wave) for wave in waves]))

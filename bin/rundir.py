@@ -7,7 +7,7 @@ model_best/ model_final/    model folders, and each as one file: model_best.pt, 
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def save_checkpoint(store: CheckpointStore, run: Resumable, state: RunState, ban
         tensors, hyper = pack_optimizer(run.optimizer, run.named)
         write_tensors(folder / OPTIMIZER_FILE, tensors)
         if bank is not None:
-            write_tensors(folder / BANK_FILE, vars(bank))
+            write_tensors(folder / BANK_FILE, {field.name: getattr(bank, field.name) for field in fields(bank)})
         saved = {
             "state": state.to_json(),
             "optimizer": hyper,

@@ -3,12 +3,16 @@
     batch -> embeddings of own clips, texts, terms -> gathered with gradient -> share of the loss
     the sum of the shares over the ranks is the loss of one process that holds the whole batch
 
+With the maxsim read-out the clips' windows stay on their rank: they meet the gathered terms there, and what is gathered
+is the scores (see losses/scores.py).
+
 Shapes: B clips of this rank, G of all ranks, L terms of this rank (each once), U terms it owns, N unique terms of all
 ranks, T texts of this rank, E embedding, K bank.
 """
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +22,49 @@ from data.batches import Batch
 from distributed.collectives import gather_int_arrays, gather_json, gather_row_blocks
 from distributed.processes import World
 from losses.relations import BatchIds, Relations
+from losses.scores import TermScores
 from losses.settings import LossSettings
 from losses.temperature import Temperature
 from losses.terms import TermBank
 from losses.total import Embeddings, align_texts, total_loss
 from model.dual import DualEncoder
+from model.maxsim import WindowedClips
 from model.packing import AudioPack, TextPack
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A batch's embeddings. A side with nothing in it has zero rows: every rank must go on all the same."""
+
+    audio_BE: Tensor
+    text_TE: Tensor
+    term_LE: Tensor
+    clips: WindowedClips | None  # with the maxsim read-out
+
+
 def encode_batch(model: DualEncoder, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """(audio_BE, text_TE, term_LE). A side with nothing in it gives zero rows: every rank must go on all the same."""
+    """(audio_BE, text_TE, term_LE), without the windows that maxsim makes of the clips."""
+    encoded = encode_all(model, batch)
+    return encoded.audio_BE, encoded.text_TE, encoded.term_LE
+
+
+def encode_all(model: DualEncoder, batch: Batch) -> Encoded:
+    """Everything of a batch that the losses look at."""
     width, device = model.audio_head.out_features, model.device
     none_0E = torch.zeros(0, width, dtype=model.audio_head.weight.dtype, device=device)
-    audio_BE = none_0E
+    audio_BE, clips = none_0E, None if model.windows is None else WindowedClips(none_0E, [])
     if batch.num_samples:
-        audio_BE = model.encode_audio(AudioPack(torch.from_numpy(batch.pcm_S), list(batch.num_samples)))
+        pack = AudioPack(torch.from_numpy(batch.pcm_S), list(batch.num_samples))
+        if model.windows is None:
+            audio_BE = model.encode_audio(pack)
+        else:
+            windows = model.encode_windows(pack)
+            audio_BE, clips = windows.audio_BE, windows.clips
     strings_E = none_0E
     if batch.token_lengths:
         ids_P = torch.from_numpy(batch.token_ids_P).long()
         strings_E = model.encode_text(TextPack(ids_P, list(batch.token_lengths)))
-    text_TE, term_LE = strings_E[: batch.num_texts], strings_E[batch.num_texts :]
-    return audio_BE, text_TE, term_LE
+    return Encoded(audio_BE, strings_E[: batch.num_texts], strings_E[batch.num_texts :], clips)
 
 
 def batch_ids(batch: Batch) -> BatchIds:
@@ -72,21 +98,28 @@ def loss_share(
     relations = Relations.build([BatchIds.unpack(part) for part in packed.split(counts)])
     local = relations.local(world.rank, device)
 
-    audio_BE, text_TE, term_LE = encode_batch(model, batch)
-    text_BE = align_texts(text_TE, torch.from_numpy(batch.text_row_B).to(device))
+    own = encode_all(model, batch)
+    text_BE = align_texts(own.text_TE, torch.from_numpy(batch.text_row_B).to(device))
     clip_counts = [len(relations.clips_of(rank)) for rank in range(world.world_size)]
     starts = relations.term_row_starts
     term_counts = [stop - start for start, stop in itertools.pairwise(starts)]
     audio_GE, text_GE, term_rows = gather_row_blocks(
-        [audio_BE, text_BE, term_LE], [clip_counts, clip_counts, term_counts], wire_dtype
+        [own.audio_BE, text_BE, own.term_LE], [clip_counts, clip_counts, term_counts], wire_dtype
     )
     embeddings = Embeddings(
-        audio_BE, text_BE, term_LE[local.own_term_rows_U], audio_GE, text_GE, term_rows[local.first_copy_N]
+        own.audio_BE, text_BE, own.term_LE[local.own_term_rows_U], audio_GE, text_GE, term_rows[local.first_copy_N]
     )
+    term_scores = None
+    if own.clips is not None:
+        cosine_BN = own.clips.against(embeddings.term_NE)
+        # In full precision: they are few, and a rounded cosine is divided by the temperature.
+        cosine_GN = gather_row_blocks([cosine_BN], [clip_counts])[0]
+        mine = relations.terms_of(world.rank)
+        term_scores = TermScores(cosine_BN, cosine_GN[:, mine.start : mine.stop].T, own.clips)
     bank_KE = bank_left_out_BK = None
     if bank is not None:
         bank_KE, bank_left_out_BK = bank.embeddings_KE, bank.left_out_BK(relations, world.rank)
-    share, parts = total_loss(embeddings, local, temperature(), settings, bank_KE, bank_left_out_BK)
+    share, parts = total_loss(embeddings, local, temperature(), settings, bank_KE, bank_left_out_BK, term_scores)
     return share, parts, relations
 
 

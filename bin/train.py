@@ -26,10 +26,11 @@ import tomli_w
 import torch
 from torch import nn
 
+from bin.bank import BankSchedule
 from bin.checks import check_rooms_agree, describe_plan
 from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
-from bin.evaluation import Evaluator, embed_bank, encode_terms
+from bin.evaluation import Evaluator, encode_terms
 from bin.optimizer import parameter_groups
 from bin.redaction import redact, tell_error
 from bin.reporting import NUM_MISSES, show_test, write_run_report
@@ -133,6 +134,7 @@ def train(config: Config) -> int:
             world_size=world.world_size,
             glossary=data.glossary,
             windows=data.windows,
+            negatives=data.negatives,
             drops=data.drops,
             reader=data.reader,
         )
@@ -186,6 +188,9 @@ def train(config: Config) -> int:
         guard = NonFiniteGuard(config.distributed.max_nonfinite_steps)
         wire_dtype, hash_every = config.distributed.wire_dtype(world.device), config.distributed.parameter_hash_every
         bank_glossary = data.glossary if config.losses.enable_hard_neg and config.losses.hard_neg_weight else None
+        schedule = BankSchedule(
+            bank_glossary, cfg.refresh_bank_every, cfg.bank_terms, cfg.eval_batch_size, cfg.seed, world
+        )
         logger.info(
             "training: %d steps of %d clips on %d process(es), %d steps an epoch, from step %d",
             total_steps, cfg.batch_size, world.world_size, steps_per_epoch, state.step,
@@ -199,9 +204,7 @@ def train(config: Config) -> int:
             while not is_over:
                 batches_of_epoch = loader.epoch(state.epoch, state.step_in_epoch * cfg.grad_accum_steps)
                 while not state.unmeasured and state.step_in_epoch < steps_per_epoch and state.step < total_steps:
-                    bank_age = state.step % cfg.refresh_bank_every if cfg.refresh_bank_every else state.step_in_epoch
-                    if bank_glossary is not None and (bank is None or bank_age == 0):
-                        bank = embed_bank(model, tokenizer, bank_glossary, cfg.eval_batch_size, world)
+                    bank = schedule.current(bank, model, tokenizer, state.step, state.step_in_epoch)
                     lr = learning_rate(state.step)
                     for group in optimizer.param_groups:
                         group["lr"] = lr * group["lr_scale"]
@@ -245,6 +248,7 @@ def train(config: Config) -> int:
                             "train/temperature": 1.0 / float(temperature().detach()),
                             "train/skipped_steps": float(guard.num_skipped),
                             **interval.numbers(),
+                            **schedule.numbers(),
                         }
                         tracker.write(numbers, state.step)
                         note = f"loss {totals['loss']:.3f}  {numbers['train/clips_per_s']:.0f} clips/s"

@@ -71,9 +71,11 @@ def collate(
     glossary: Glossary | None = None,
     clip_indices: Sequence[int] | None = None,
     maskable: Set[int] = frozenset(),
+    extra_terms: Sequence[Sequence[str]] | None = None,
 ) -> Batch:
     """Clips with their samples (int16 [S] each) -> Batch. Equal texts share a row, terms are unique.
 
+    `extra_terms`: for each clip, terms (normal forms) to embed with the batch that are no positives of it.
     `maskable`: variant groups of the terms that any batch may hold; those that a clip's text speaks are ignored for it.
 
     Terms are encoded in their normal form, so that every rank's copy of a term is the same string. ValueError when the
@@ -92,6 +94,10 @@ def collate(
         positives.append([term_rows.setdefault(term, len(term_rows)) for term in clip.terms])
         named = [group_of(term, glossary) for term in (*clip.terms, *clip.ignored)]
         ignored.append(list(dict.fromkeys([*named, *spoken_groups(key, maskable, glossary)])))
+
+    for terms in extra_terms or ():
+        for term in terms:
+            term_rows.setdefault(term, len(term_rows))
 
     strings = [*text_rows, *term_rows]
     tokens = tokenize(strings) if strings else []

@@ -31,6 +31,7 @@ from data.batches import Batch, Tokenize, collate
 from data.clips import Clip
 from data.drops import DropLog
 from data.glossary import Glossary, group_of
+from data.mined import ClipNegatives
 from data.reader import AudioReader
 from data.settings import DataSettings
 from data.windows import Windows
@@ -47,6 +48,7 @@ class Loader:
 
     clips       of the whole training set, the same list on each rank
     batch_size  clips of a step over all ranks (with gradient accumulation: of a micro-batch over all ranks)
+    negatives   mined hard negatives of these clips; settings.hard_neg_mined of a clip's join each of its batches
     windows     random windows, mixed in as settings.window_fraction says
     drops       where audio that fails on read is counted; the caller checks the limit, agreed between ranks
     """
@@ -63,6 +65,7 @@ class Loader:
         world_size: int = 1,
         glossary: Glossary | None = None,
         windows: Windows | None = None,
+        negatives: ClipNegatives | None = None,
         drops: DropLog | None = None,
         reader: AudioReader | None = None,
     ) -> None:
@@ -79,6 +82,7 @@ class Loader:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.glossary = glossary
         self.windows = windows
+        self.negatives = negatives
         self.num_windows = round(settings.window_fraction * len(clips)) if windows else 0
         self.drops = drops or DropLog(settings.max_bad_fraction)
         self.reader = reader or AudioReader(settings.audio_cache_mb)
@@ -168,6 +172,7 @@ class Loader:
         terms = {term for clip in self.clips for term in clip.terms}
         terms |= self.windows.possible_terms() if self.windows else set()
         terms |= set(self.glossary.terms) if self.glossary else set()
+        terms |= set(self.negatives.terms) if self.negatives else set()
         return frozenset(group_of(term, self.glossary) for term in terms)
 
     def _build(self, epoch: int, step: int, order: np.ndarray) -> Batch:
@@ -189,7 +194,14 @@ class Loader:
             self.glossary,
             [item if item < len(self.clips) else -1 for item in items],
             self._maskable,
+            [self._mined(item, epoch) for item in items] if self.negatives else None,
         )
+
+    def _mined(self, item: int, epoch: int) -> list[str]:
+        """Mined negatives of an item; random windows have none."""
+        if self.negatives is None or item >= len(self.clips):
+            return []
+        return self.negatives.draw(item, self.settings.hard_neg_mined, self.seed, epoch)
 
     def _read(self, clip: Clip, epoch: int, item: int) -> np.ndarray | None:
         try:

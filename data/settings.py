@@ -66,6 +66,12 @@ class DataSettings(InputSettings):
     """Compare the content of test files with training files too, not only their ids and paths."""
     mask_spoken_terms: bool = True
     """A term that a clip's text holds without being labelled is no negative of that clip."""
+    hard_neg_jsonl: str | None = None
+    """Mined hard negatives (JSON Lines of audio_key and hard_negs, as bin/mine.py writes): embedded with each batch."""
+    hard_neg_mined: int = 2
+    """Mined negatives a clip in each batch, drawn anew each epoch; each one is a further string for the text tower."""
+    hard_neg_strict: bool = False
+    """Refuse a file of mined negatives that is stale, unstamped or of other data, instead of warning."""
     num_workers: int = 2
     """Threads a process that read audio and build batches ahead; 0 = none."""
     audio_cache_mb: int = 512
@@ -92,6 +98,7 @@ class DataSettings(InputSettings):
     def validate(self) -> None:
         """Raise ValueError for the first field whose value is not allowed."""
         self.validate_input()
+        _between("hard_neg_mined", self.hard_neg_mined, 1, 1000)
         _between("num_workers", self.num_workers, 0, 256)
         _between("audio_cache_mb", self.audio_cache_mb, 0, math.inf)
         _between("window_fraction", self.window_fraction, 0.0, 1000.0)

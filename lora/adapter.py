@@ -16,6 +16,7 @@ PEFT loads a file of the other scheme in part and only warns. Here anything miss
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,15 +88,36 @@ def save_adapter(
         .contiguous()
         for name, value in lora_parameters(model)
     }
+    settings = LoraSettings(first.r, first.alpha, first.dropout, tuple(sorted(theirs.values())))
+    _write(Path(folder), tensors, settings, base_model_name)
+    return tensors
+
+
+def copy_adapter(source: Path | str, folder: Path | str, base_model_name: str, key_scheme: KeyScheme) -> None:
+    """Writes the adapter of the folder `source`, of either scheme, into `folder` with the keys of `key_scheme`.
+
+    Needs no model. Raises ValueError as `read_settings` does.
+    """
+    settings = read_settings(source)
+    tensors = {}
+    for name, value in read_tensors(source).items():
+        path, _, leaf = name.rpartition(".")
+        tensors[f"base_model.model.{_their_path(path, key_scheme)}.{leaf}.weight"] = value
+    targets = tuple(sorted(_their_path(path, key_scheme) for path in settings.lora_targets))
+    _write(Path(folder), tensors, replace(settings, lora_targets=targets), base_model_name)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], settings: LoraSettings, base_model_name: str) -> None:
+    """Both files; the settings' targets are full paths in the file's own scheme."""
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_model_name,
         "inference_mode": True,
-        "r": first.r,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
-        "target_modules": sorted(theirs.values()),
+        "r": settings.lora_r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "target_modules": list(settings.lora_targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -104,9 +126,8 @@ def save_adapter(
         "init_lora_weights": True,
     }
     # Through bytes: safetensors' own file writer leaves temporary files behind when killed and makes mode 0600.
-    (Path(folder) / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    return tensors
+    (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -129,7 +150,7 @@ def load_adapter(model: nn.Module, folder: Path | str, part: str = "") -> None:
     if any(layer.merged for _, layer in lora_layers(model)):
         raise ValueError("adapters are merged into the base weights; unmerge before loading others")
 
-    found = {name: value for name, value in _read_tensors(weights_path).items() if name.startswith(part)}
+    found = {name: value for name, value in read_tensors(folder).items() if name.startswith(part)}
     expected = dict(lora_parameters(model))
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
@@ -166,7 +187,7 @@ def read_settings(folder: Path | str) -> LoraSettings:
     for field in ("r", "lora_alpha", "lora_dropout"):
         if isinstance(config.get(field), bool) or not isinstance(config.get(field), int | float):
             raise ValueError(f"{config_path}: {field} is {config.get(field)!r}; allowed: a number")
-    names = _read_tensors(Path(folder) / WEIGHTS_FILE)
+    names = read_tensors(folder)
     return LoraSettings(
         lora_r=config["r"],
         lora_alpha=config["lora_alpha"],
@@ -201,8 +222,10 @@ def _our_path(path: str) -> tuple[str, KeyScheme] | None:
     return None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by our parameter names: <our path>.lora_A."""
+def read_tensors(folder: Path | str) -> dict[str, Tensor]:
+    """An adapter folder's tensors by our parameter names: <our path>.lora_A. Raises ValueError for a file that is
+    missing or damaged, or holds anything else."""
+    path = Path(folder) / WEIGHTS_FILE
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:

@@ -16,7 +16,7 @@ def merge(model: nn.Module) -> None:
         if not layer.merged:
             weight = layer.base_layer.weight
             original = weight.detach().to("cpu", copy=True)
-            weight.copy_(_merged_weight(weight, layer.delta()))
+            weight.copy_(merged_weight(weight, layer.delta()))
             layer.unmerged_weight = original
 
 
@@ -26,7 +26,7 @@ def fold(model: nn.Module) -> None:
     for path, layer in list(lora_layers(model)):
         weight = layer.base_layer.weight
         if not layer.merged:
-            weight.copy_(_merged_weight(weight, layer.delta()))
+            weight.copy_(merged_weight(weight, layer.delta()))
         parent_path, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent_path), name, layer.base_layer)
 
@@ -50,11 +50,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for path, layer in lora_layers(model):
         del state[f"{path}.lora_A"], state[f"{path}.lora_B"]
         weight = state.pop(f"{path}.base_layer.weight")
-        state[f"{path}.weight"] = weight if layer.merged else _merged_weight(weight, layer.delta())
+        state[f"{path}.weight"] = weight if layer.merged else merged_weight(weight, layer.delta())
         if layer.base_layer.bias is not None:
             state[f"{path}.bias"] = state.pop(f"{path}.base_layer.bias")
     return state
 
 
-def _merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """weight + delta, added in delta's dtype (fp32 or wider) and rounded once to the weight's."""
     return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)

@@ -242,14 +242,29 @@ class Relations:
         )
 
 
+@dataclass(frozen=True)
+class SortedKeys:
+    """int64 keys that are asked for again and again: sorting a million takes longer than a step should."""
+
+    keys: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, keys: Tensor) -> "SortedKeys":
+        return cls(*keys.sort(stable=True))
+
+    def matches(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """All (i, j) with queries[i] == keys[j] (as given, unsorted), as two int64 vectors ordered by i."""
+        first = torch.searchsorted(self.keys, queries)
+        num_matches = torch.searchsorted(self.keys, queries, right=True) - first
+        query = torch.arange(queries.numel()).repeat_interleave(num_matches)
+        within = torch.arange(query.numel()) - (num_matches.cumsum(0) - num_matches).repeat_interleave(num_matches)
+        return query, self.order[first.repeat_interleave(num_matches) + within]
+
+
 def equal_pairs(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """All (i, j) with queries[i] == keys[j], as two int64 vectors ordered by i: a sort-merge join."""
-    sorted_keys, order = keys.sort(stable=True)
-    first = torch.searchsorted(sorted_keys, queries)
-    num_matches = torch.searchsorted(sorted_keys, queries, right=True) - first
-    query = torch.arange(queries.numel()).repeat_interleave(num_matches)
-    within = torch.arange(query.numel()) - (num_matches.cumsum(0) - num_matches).repeat_interleave(num_matches)
-    return query, order[first.repeat_interleave(num_matches) + within]
+    return SortedKeys.of(keys).matches(queries)
 
 
 def pair_mask(

@@ -4,12 +4,14 @@ Shapes: B clips of this rank, N unique terms of the global batch, K bank entries
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from losses.infonce import cosine_scores, floor_of, weighted_sum
-from losses.relations import Relations, equal_pairs, pair_mask
+from losses.infonce import floor_of, weighted_sum
+from losses.relations import Relations, SortedKeys, pair_mask
+from losses.scores import ClipScorer, UnitRows
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,19 @@ class TermBank:
         a cut term), and entries that the batch itself embeds, which stand there fresh."""
         device, clips = self.embeddings_KE.device, relations.clips_of(rank)
         mine = (relations.clip_Q >= clips.start) & (relations.clip_Q < clips.stop)
-        query, entry = equal_pairs(relations.group_Q[mine], self.groups_K)
+        query, entry = self._by_group.matches(relations.group_Q[mine])
         clip = relations.clip_Q[mine][query] - clips.start
-        in_batch_K = torch.isin(self.keys_K, relations.term_keys_N).to(device, non_blocking=True)
-        return pair_mask(clip, entry, len(clips), self.keys_K.numel(), device) | in_batch_K
+        _, in_batch = self._by_key.matches(relations.term_keys_N)
+        in_batch_1K = pair_mask(torch.zeros_like(in_batch), in_batch, 1, self.keys_K.numel(), device)
+        return pair_mask(clip, entry, len(clips), self.keys_K.numel(), device) | in_batch_1K
+
+    @cached_property
+    def _by_group(self) -> SortedKeys:
+        return SortedKeys.of(self.groups_K)
+
+    @cached_property
+    def _by_key(self) -> SortedKeys:
+        return SortedKeys.of(self.keys_K)
 
 
 def hard_negative_loss(
@@ -43,6 +54,7 @@ def hard_negative_loss(
     margin: float,
     bank_KE: Tensor | None = None,
     bank_left_out_BK: Tensor | None = None,
+    clips: ClipScorer | None = None,
 ) -> Tensor:
     """This rank's share, a scalar: per clip with positives, the mean over its positives p of
 
@@ -51,7 +63,9 @@ def hard_negative_loss(
     Candidates with cosine above pos - |pos| * margin, pos being the clip's best positive, are taken for false negatives
     (TopK-MarginPos: Moreira et al. 2024, "NV-Retriever"). Which k are hardest is decided without gradient; their scores
     carry it to the audio and, for terms of the batch, to the term side. A clip with no candidate left contributes 0.
+    `clips` scores the bank; None: by the product with audio_BE.
     """
+    clips = clips or UnitRows(audio_BE)
     with torch.no_grad():
         floor = floor_of(cosine_BN)
         best_B = cosine_BN.masked_fill(~positives_BN, floor).amax(dim=1) if cosine_BN.shape[1] else cosine_BN.sum(dim=1)
@@ -66,12 +80,12 @@ def hard_negative_loss(
         assert bank_left_out_BK.shape == (audio_BE.shape[0], bank_KE.shape[0])
         bank_KE = bank_KE.detach()
         with torch.no_grad():
-            bank_BK = cosine_scores(audio_BE, bank_KE)
+            bank_BK = clips.against(bank_KE)
             bank_BK.masked_fill_(bank_left_out_BK | (bank_BK > limit_B1), floor)
             top_BH, hardest_BH = bank_BK.topk(min(k, bank_KE.shape[0]), dim=1)
         # Only the chosen entries are scored with gradient: [B, K] scores of a large bank would not be worth saving.
         chosen_BHE = bank_KE[hardest_BH].to(cosine_BN.dtype)
-        bank_BH = (audio_BE.to(cosine_BN.dtype)[:, None, :] * chosen_BHE).sum(dim=2)
+        bank_BH = clips.against_own(chosen_BHE)
         negatives_BH = torch.cat([negatives_BH, bank_BH.masked_fill(top_BH <= floor, floor)], dim=1)
         negatives_BH = negatives_BH.topk(min(k, negatives_BH.shape[1]), dim=1).values
 

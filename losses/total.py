@@ -19,6 +19,7 @@ from torch import Tensor
 
 from losses.infonce import cosine_scores, multi_positive_cross_entropy, multi_positive_infonce, weighted_sum
 from losses.relations import LocalRelations
+from losses.scores import TermScores
 from losses.settings import LossSettings
 from losses.terms import hard_negative_loss, no_term_loss
 
@@ -49,10 +50,12 @@ def total_loss(
     settings: LossSettings,
     bank_KE: Tensor | None = None,
     bank_left_out_BK: Tensor | None = None,
+    term_scores: TermScores | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(this rank's share of the total, a scalar; detached shares of the unweighted parts by name).
 
     inv_temperature: scalar 1/tau, which may need a gradient. bank_*: see `TermBank`. A part of weight 0 is left out.
+    term_scores: scores of clips and terms from elsewhere (see losses/scores.py); None: products of the embeddings.
     """
     e, r = embeddings, relations
     assert e.audio_BE.shape[0] == e.text_BE.shape[0] == r.positives_BN.shape[0], (e.audio_BE.shape, e.text_BE.shape)
@@ -64,9 +67,10 @@ def total_loss(
     if settings.audio_text_loss_ratio:
         weighted.append(("audio_text", settings.audio_text_loss_ratio, audio_text_loss(e, r, inv_temperature)))
     if settings.audio_term_loss_ratio or settings.enable_hard_neg or settings.no_term_loss_ratio:
-        cosine_BN = cosine_scores(e.audio_BE, e.term_NE)
+        cosine_BN = cosine_scores(e.audio_BE, e.term_NE) if term_scores is None else term_scores.cosine_BN
     if settings.audio_term_loss_ratio:
-        loss = audio_term_loss(e, cosine_BN, r, inv_temperature)
+        cosine_UG = None if term_scores is None else term_scores.cosine_UG
+        loss = audio_term_loss(e, cosine_BN, r, inv_temperature, cosine_UG)
         weighted.append(("audio_term", settings.audio_term_loss_ratio, loss))
     if settings.enable_hard_neg and settings.hard_neg_weight:
         loss = hard_negative_loss(
@@ -80,6 +84,7 @@ def total_loss(
             settings.hard_neg_margin,
             bank_KE,
             bank_left_out_BK,
+            None if term_scores is None else term_scores.clips,
         )
         weighted.append(("hard", settings.hard_neg_weight, loss))
     if settings.no_term_loss_ratio:
@@ -100,16 +105,23 @@ def audio_text_loss(e: Embeddings, r: LocalRelations, inv_temperature: Tensor) -
     return torch.stack(directions).mean()
 
 
-def audio_term_loss(e: Embeddings, cosine_BN: Tensor, r: LocalRelations, inv_temperature: Tensor) -> Tensor:
+def audio_term_loss(
+    e: Embeddings, cosine_BN: Tensor, r: LocalRelations, inv_temperature: Tensor, cosine_UG: Tensor | None = None
+) -> Tensor:
     """Symmetric multi-positive InfoNCE between clips and unique terms, the mean of both directions.
 
     A term of m clips counts m times, as a column (+ log m) and as a row (weight m / sum m): exactly the loss over one
     column for each (clip, term) pair. Variants of a clip's positives are left out for that clip; clips without a term
-    are negatives of every term.
+    are negatives of every term. cosine_UG: scores of own terms with all clips, if not the products of the embeddings.
+
+    A term that no clip carries (a mined negative that is embedded with the batch) is one more column for every clip,
+    and no row: it has no clip to be pulled to. Mined negatives as further columns of the softmax are those of DPR
+    (Karpukhin et al. 2020) and ANCE (Xiong et al. 2020).
     """
     loss_B = multi_positive_cross_entropy(cosine_BN * inv_temperature, r.positives_BN, r.ignored_BN, r.term_log_count_N)
     audio_to_term = weighted_sum(loss_B, r.audio_term_weight_B)
-    term_to_audio = multi_positive_infonce(
-        e.term_UE, e.audio_GE, r.positives_UG, r.ignored_UG, None, r.term_audio_weight_U, inv_temperature
-    )
+    if cosine_UG is None:
+        cosine_UG = cosine_scores(e.term_UE, e.audio_GE)
+    loss_U = multi_positive_cross_entropy(cosine_UG * inv_temperature, r.positives_UG, r.ignored_UG)
+    term_to_audio = weighted_sum(loss_U, r.term_audio_weight_U)
     return (audio_to_term + term_to_audio) / 2

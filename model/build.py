@@ -11,6 +11,7 @@ from torch import nn
 from model.audio_tower import AudioConfig
 from model.dual import DualEncoder
 from model.init import init_parameters
+from model.maxsim import WindowShape
 from model.settings import ModelSettings
 from model.specaugment import SpecAugment
 from model.text_tower import TextConfig
@@ -71,6 +72,7 @@ def build_model(
             dropout=settings.tower_dropout,
             compute_dtype=compute_dtype,
             augment_mel=_spec_augment(settings),
+            windows=window_shape(settings),
         )
     if text_source is None:
         model.remove_text_side()
@@ -147,8 +149,9 @@ def _resolve_sources(settings: ModelSettings, with_text: bool) -> tuple[Source, 
 
 
 def _load_tokenizer(source: Source, config: TextConfig) -> tuple[Tokenizer, str]:
-    """The checkpoint's tokenizer; an architecture file names one (`"tokenizer": folder`) or means bytes."""
-    named = source.config.get("tokenizer", "bytes") if source.folder is None else str(source.folder)
+    """The checkpoint's tokenizer; an architecture file names one (`"tokenizer": folder`) or means bytes. So may a
+    checkpoint of ours that was trained on bytes."""
+    named = source.config.get("tokenizer", "bytes" if source.folder is None else str(source.folder))
     tokenizer: Tokenizer
     if named == "bytes":
         tokenizer = ByteTokenizer()
@@ -160,7 +163,12 @@ def _load_tokenizer(source: Source, config: TextConfig) -> tuple[Tokenizer, str]
         raise ValueError(
             f"vocab_size: the text tower has {config.vocab_size} embeddings, its tokenizer {tokenizer.vocab_size} ids"
         )
-    return tokenizer, source.name if source.folder is not None else named
+    return tokenizer, named if named == "bytes" or source.folder is None else source.name
+
+
+def window_shape(settings: ModelSettings) -> WindowShape | None:
+    """The windows of the maxsim read-out; None for the mean."""
+    return WindowShape(settings.maxsim_windows, settings.maxsim_stride) if settings.readout == "maxsim" else None
 
 
 def _spec_augment(settings: ModelSettings) -> SpecAugment | None:

@@ -1,11 +1,13 @@
-"""The two encoders behind one embedding space: clip -> unit vector, string -> unit vector.
+"""The two encoders behind one embedding space: clip -> unit vector (or one a window), string -> unit vector.
 
 Shapes: B clips, N strings, T mel frame slots, P packed tokens, Q packed tokens after pooling, D hidden, E embedding,
-M mels.
+M mels, W windows of all clips.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from model.audio_tower import AudioConfig, AudioTower
 from model.logmel import LogMel
+from model.maxsim import WindowedClips, WindowShape, WindowTable
 from model.packing import AudioLayout, AudioPack, SequenceLayout, TextPack
 from model.text_tower import TextConfig, TextTower
 
@@ -36,9 +39,21 @@ class MultiModalProjector(nn.Module):
         return self.linear(x_QD)
 
 
+@dataclass(frozen=True, eq=False)
+class AudioWindows:
+    """What the maxsim read-out makes of clips."""
+
+    audio_BE: Tensor
+    """The mean over each clip's frames, unit rows: what a clip is beside a whole text."""
+    clips: WindowedClips
+    """The windows, unit rows: what a clip is beside a term."""
+    table: WindowTable
+
+
 class DualEncoder(nn.Module):
     """Both towers, a mean over each one's tokens, and a linear head each.
 
+    With `windows` the clips of `encode_windows` are many windows of frames (the maxsim read-out).
     With `audio_readout="lm"` the audio tower's frames also pass through the projector and the language model.
     `compute_dtype` bf16 or fp16 over fp32 weights opens torch.autocast here, so callers need none.
     """
@@ -54,8 +69,10 @@ class DualEncoder(nn.Module):
         dropout: float = 0.0,
         compute_dtype: torch.dtype = torch.float32,
         augment_mel: Callable[[Tensor, AudioLayout], Tensor] | None = None,
+        windows: WindowShape | None = None,
     ) -> None:
         super().__init__()
+        self.windows = windows
         self.compute_dtype = compute_dtype
         self.augment_mel = augment_mel
         self.log_mel = LogMel(audio_config.num_mels)
@@ -84,6 +101,23 @@ class DualEncoder(nn.Module):
 
         `layout` may be given where the caller has it: then nothing here works on the host.
         """
+        x_QD, pooled = self._audio_frames(pack, layout)
+        return self._embed(x_QD, pooled, self.audio_head)
+
+    def encode_windows(self, pack: AudioPack) -> AudioWindows:
+        """Clips as windows, for a model with the maxsim read-out; dtypes and errors as in `encode_audio`."""
+        assert self.windows is not None, "a model with readout='mean' has no windows"
+        x_QD, layout = self._audio_frames(pack)
+        table = WindowTable.build(layout.lengths, self.windows)
+        starts = list(accumulate(layout.lengths, initial=0))
+        with torch.autocast(x_QD.device.type, enabled=False):
+            # The head is linear, so the mean of its outputs is its output for the mean, and there are fewer frames.
+            y_QE = self.audio_head(x_QD.to(self.audio_head.weight.dtype))
+            window_WE = F.normalize(table.mean(y_QE, starts), dim=-1)
+            audio_BE = F.normalize(layout.mean(y_QE), dim=-1)
+        return AudioWindows(audio_BE, WindowedClips(window_WE, table.counts), table)
+
+    def _audio_frames(self, pack: AudioPack, layout: AudioLayout | None = None) -> tuple[Tensor, SequenceLayout]:
         pack = pack.to(self.device, non_blocking=True)
         layout = layout or self.audio_tower.layout(pack.num_samples, self.device)
         with self._autocast():
@@ -91,7 +125,7 @@ class DualEncoder(nn.Module):
             if self.multi_modal_projector is not None:
                 x_QD = self.multi_modal_projector(x_QD)
                 x_QD = self.language_model.forward_embeds(x_QD, layout.pooled.lengths, layout.pooled)
-        return self._embed(x_QD, layout.pooled, self.audio_head)
+        return x_QD, layout.pooled
 
     def encode_text(self, pack: TextPack) -> Tensor:
         """Return text_NE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long string."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 AudioReadout = Literal["tower", "lm"]
+Readout = Literal["mean", "maxsim"]
 Trainable = Literal["lora", "full"]
 BaseDtype = Literal["auto", "bf16", "fp32"]
 AttentionName = Literal["auto", "flash", "varlen", "sdpa"]
@@ -21,6 +22,12 @@ class ModelSettings:
     """Replaces the text tower: a Qwen2-Audio or Qwen2/2.5 checkpoint (folder or hub name), or an architecture .json for random weights."""  # noqa: E501
     audio_readout: AudioReadout = "tower"
     """tower: mean over the audio tower's frames; lm: these frames first pass through the language model."""
+    readout: Readout = "mean"
+    """mean: a clip is the mean of its frames; maxsim: it is many windows of frames, and the best one scores a term."""
+    maxsim_windows: tuple[int, ...] = (2, 4, 8, 12, 16, 24)
+    """maxsim: sizes of the windows in tower frames (40 ms each in Qwen2-Audio, 20 ms in Whisper)."""
+    maxsim_stride: int = 2
+    """maxsim: frames from one window to the next of the same size."""
     proj_dim: int = 512
     """Size of the shared embedding space."""
     trainable: Trainable = "lora"
@@ -46,6 +53,7 @@ class ModelSettings:
         """Raise ValueError naming the field, its value and what is allowed."""
         choices = {
             "audio_readout": ("tower", "lm"),
+            "readout": ("mean", "maxsim"),
             "trainable": ("lora", "full"),
             "base_dtype": ("auto", "bf16", "fp32"),
             "attention": ("auto", "flash", "varlen", "sdpa"),
@@ -53,6 +61,14 @@ class ModelSettings:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, allowed are {', '.join(allowed)}")
+        sizes = self.maxsim_windows
+        if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+            raise ValueError(f"maxsim_windows: got {sizes}, allowed are one or more different sizes of 1 frame or more")
+        if not 1 <= self.maxsim_stride <= max(sizes):
+            raise ValueError(
+                f"maxsim_stride: got {self.maxsim_stride}, allowed are 1 to {max(sizes)}, the largest window; "
+                "a longer stride would leave frames out"
+            )
         if self.proj_dim < 1:
             raise ValueError(f"proj_dim: got {self.proj_dim}, must be at least 1")
         if not 0.0 <= self.tower_dropout < 1.0:

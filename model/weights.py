@@ -6,7 +6,7 @@ checkpoint replaces). All else is an error, raised before a byte of weights is r
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -63,10 +63,10 @@ class Source:
         return str(self.config["model_type"])
 
 
-def resolve_source(field: str, name: str, parts: set[str] | None = None) -> Source:
+def resolve_source(field: str, name: str, parts: Collection[str | None] | None = None) -> Source:
     """A folder, an architecture .json or a hub name becomes a Source; ValueError names `field` and the remedy.
 
-    parts: what will be read of it (None: all); other shards of a checkpoint on the hub are not fetched.
+    parts: what will be read of it (None: all that is ours); other shards of a checkpoint on the hub are not fetched.
     """
     path = Path(name).expanduser()
     if path.suffix == ".json":
@@ -153,7 +153,23 @@ def load_parts(source: Source, parts: Mapping[str, nn.Module], device: torch.dev
                 place_parameter(parts[part], path, value)
 
 
+def stream_tensors(
+    source: Source, parts: Collection[str | None]
+) -> Iterator[tuple[str, str | None, Tensor]]:
+    """The tensors of a checkpoint one at a time, file after file: its key, the path of our parameter (`audio_tower...`;
+    None where it is none of ours), its value. `parts`: of which shards at least (ALL_PARTS: of all). Raises ValueError
+    as `load_parts` does."""
+    assert source.folder is not None, "an architecture file has no weights"
+    for file in _list_files(source, parts):
+        with _open(file) as reader:
+            for key in reader.keys():  # noqa: SIM118 - not a dict
+                part, path = _map_key(source.model_type, key)
+                yield key, path if part else None, reader.get_tensor(key)
+
+
 _PARTS = ("audio_tower", "multi_modal_projector", "language_model")
+ALL_PARTS = (*_PARTS, None)
+"""Ours, and what is none of ours: heads and decoders."""
 
 
 def _map_key(model_type: str, key: str) -> tuple[str | None, str]:
@@ -166,7 +182,7 @@ def _map_key(model_type: str, key: str) -> tuple[str | None, str]:
     return "", key
 
 
-def _list_shards(source: Source, parts: set[str]) -> list[str] | None:
+def _list_shards(source: Source, parts: Collection[str | None]) -> list[str] | None:
     """Those shards of model.safetensors.index.json that hold a key of one of `parts`; None where there is no index.
 
     A key that is no part's at all is kept to be told of.
@@ -181,7 +197,7 @@ def _list_shards(source: Source, parts: set[str]) -> list[str] | None:
         raise ValueError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from error
 
 
-def _list_files(source: Source, parts: set[str]) -> list[Path]:
+def _list_files(source: Source, parts: Collection[str | None]) -> list[Path]:
     """The shards that hold a key of one of `parts`, or model.safetensors. Shards of other parts alone may be absent."""
     folder = cast(Path, source.folder)
     names, single = _list_shards(source, parts), folder / "model.safetensors"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from retrieval.judgements import Judgements
 from retrieval.metrics import SUBSETS, EvalResult
 from retrieval.ranks import ClipRanks, Ranker
-from retrieval.topk import best_rows
+from retrieval.readout import EncodedClips, best_terms, score_clips
 
 SHOWN_KS = (1, 5, 10)
 CHUNK_TERMS = 1 << 14
@@ -32,8 +32,8 @@ CHUNK_TERMS = 1 << 14
 EncodeRows = Callable[[int, int], torch.Tensor]
 """(start, stop) -> embeddings [stop - start, E] of these items."""
 
-EncodeClips = Callable[[int, int], tuple[Sequence[int], torch.Tensor]]
-"""(start, stop) -> (clips that could be read, ascending; their embeddings, one row each)."""
+EncodeClips = Callable[[int, int], tuple[Sequence[int], EncodedClips]]
+"""(start, stop) -> (clips that could be read, ascending; these clips, encoded)."""
 
 GatherRows = Callable[[torch.Tensor, list[int]], torch.Tensor]
 """(this process's rows, number of rows of each process) -> all rows, process after process."""
@@ -149,13 +149,8 @@ def measure(
     return [ClipRanks.unpack(gather_ints(torch.from_numpy(ranks.pack())).cpu().numpy()) for ranks in joined]
 
 
-def score_clips(audio_RE: torch.Tensor, term_KE: torch.Tensor) -> torch.Tensor:
-    """scores_RK, cosines in fp32."""
-    return audio_RE.float() @ term_KE.float().T
-
-
 def top_terms(
-    audio_CE: torch.Tensor, term_NE: torch.Tensor, k: int, order_N: NDArray[np.int64]
+    clips: EncodedClips, term_NE: torch.Tensor, k: int, order_N: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The best k terms of each clip (all terms when there are fewer), in the order that `retrieval.ranks` ranks by.
 
@@ -165,7 +160,7 @@ def top_terms(
     Returns:
         Scores (cosine) and places in the glossary, each [C, K], best first.
     """
-    return best_rows(audio_CE.float(), term_NE.float(), k, order_N)
+    return best_terms(clips, term_NE, k, order_N)
 
 
 def recall_table(

@@ -5,6 +5,7 @@
     trainable=lora              adapter_model.safetensors + adapter_config.json (PEFT's format); needs the base model
     trainable=full              model.safetensors (both towers) + audio_tower.json + text_tower.json [+ tokenizer/];
                                 needs nothing else
+    trainable=merged            an export (retrieval/export.py): Hugging Face checkpoints with the adapters folded in
 
 Every read is strict: missing, unexpected or mis-shaped tensors are errors that name them. Opened audio-only, a folder
 needs nothing of the text side: no tensor of the language model is read, in the folder or in the base model.
@@ -35,6 +36,7 @@ FORMAT = "earmark-retriever-1"
 CONFIG_FILE, HEADS_FILE, TOWERS_FILE = "retriever_config.json", "heads.safetensors", "model.safetensors"
 AUDIO_FILE, TEXT_FILE, TOKENIZER_FOLDER = "audio_tower.json", "text_tower.json", "tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+READOUT = ("audio_readout", "readout", "maxsim_windows", "maxsim_stride")  # fields of ModelSettings
 NUM_SHOWN = 8
 TEXT_SIDE = ("text_head.", "language_model.")
 
@@ -70,7 +72,7 @@ def save_model(
         "format": FORMAT,
         "trainable": settings.trainable,
         "model": {name: getattr(settings, name) for name in ("model_name", "audio_model", "text_model")},
-        "audio_readout": settings.audio_readout,
+        **{name: getattr(settings, name) for name in READOUT},
         "proj_dim": settings.proj_dim,
         "sources": built.sources,
         "audio_config": asdict(built.audio_config),
@@ -106,10 +108,14 @@ def load_trained(folder: Path, built: Built, settings: ModelSettings, audio_only
     Returns log_inv_temperature. Raises ValueError when the folder holds a model of other settings.
     """
     config = read_config(folder)
-    for name in ("trainable", "audio_readout", "proj_dim"):
-        if config[name] != getattr(settings, name):
-            ours = getattr(settings, name)
-            raise ValueError(f"{name}: got {ours!r}, but {folder} holds a model with {config[name]!r}")
+    saved_settings = {**config, **read_readout(config)}
+    if config["trainable"] == "merged":
+        saved_settings["trainable"] = "lora"  # frozen towers, only that no adapter is left
+    for name in ("trainable", "proj_dim", *READOUT):
+        ours, saved = getattr(settings, name), saved_settings.get(name)
+        is_used = settings.readout == "maxsim" or not name.startswith("maxsim_")
+        if is_used and ours != saved:
+            raise ValueError(f"{name}: got {ours!r}, but {folder} holds a model with {saved!r}")
     for name, shape in (("audio_config", asdict(built.audio_config)), ("text_config", asdict(built.text_config))):
         saved = config[name]
         different = [f"{k} {v} (saved {saved.get(k)})" for k, v in shape.items() if v != saved.get(k)]
@@ -145,16 +151,24 @@ def open_model(
     """
     folder = Path(folder)
     config = read_config(folder)
+    is_merged = config["trainable"] == "merged"
+    names = config["model"]
+    if is_merged:
+        names = {field: None if name is None else str(folder / name) for field, name in names.items()}
+        if config["exported"].get("audio_only") and not audio_only:
+            raise ValueError(f"{folder}: it holds the audio side alone; open it audio-only")
     settings = ModelSettings(
-        **config["model"],
-        audio_readout=config["audio_readout"],
+        **names,
+        **read_readout(config),
         proj_dim=config["proj_dim"],
-        trainable=config["trainable"],
+        trainable="lora" if is_merged else config["trainable"],
     )
     if settings.trainable == "full":
         settings = replace(settings, audio_model=str(folder / AUDIO_FILE), text_model=str(folder / TEXT_FILE))
         if model_name is not None:
             raise ValueError(f"model_name: got {model_name!r}, but {folder} is a full model, which needs no base model")
+    elif is_merged and model_name is not None:
+        raise ValueError(f"model_name: got {model_name!r}, but {folder} is merged and needs no base model")
     elif model_name is not None:
         settings = replace(settings, model_name=model_name)
     built = build_model(settings, device, compute_dtype, TextConfig(**config["text_config"]) if audio_only else None)
@@ -162,7 +176,7 @@ def open_model(
         built.sources.update({part: name for part, name in config["sources"].items() if part != "tokenizer"})
         if built.sources["tokenizer"] not in ("bytes", "absent"):
             built.sources["tokenizer"] = str((folder / TOKENIZER_FOLDER).absolute())
-    if settings.trainable == "lora":
+    if settings.trainable == "lora" and not is_merged:
         adapters = read_settings(folder)
         targets = tuple(path for path in adapters.lora_targets if not (audio_only and path.startswith(TEXT_SIDE)))
         if targets:
@@ -174,6 +188,14 @@ def open_model(
         raise ValueError(f"{folder / CONFIG_FILE}: no fingerprint; without the text side it cannot be made")
     fingerprint = fingerprint or _fingerprint(built, log_inv_temperature, config)
     return OpenedModel(built, float((-log_inv_temperature.double()).exp()), config, fingerprint)
+
+
+def read_readout(config: dict[str, Any]) -> dict[str, Any]:
+    """How the model reads a clip out, as fields of ModelSettings; a folder that does not say so is of the mean."""
+    found = {name: config[name] for name in READOUT if name in config}
+    if "maxsim_windows" in found:
+        found["maxsim_windows"] = tuple(found["maxsim_windows"])
+    return {"readout": "mean", **found}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from retrieval.index import Term, TermIndex
 from retrieval.matches import Hits, Match
 from retrieval.model_files import CONFIG_FILE, OpenedModel, open_model
 from retrieval.pcm import AudioLike, pack_waves, to_pcm
+from retrieval.readout import best_terms, term_spans
 from retrieval.stream import Stream, StreamSettings
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class Retriever:
     # -------------------------------------------------------------------------------------------------- encoding
 
     def encode_audio(self, clips: Sequence[AudioLike], sample_rate: int = SAMPLE_RATE) -> Tensor:
-        """audio_BE, fp32, L2-normed, on the model's device, in the order of `clips`.
+        """audio_BE, fp32, L2-normed, on the model's device, in the order of `clips`. With the maxsim read-out these are
+        the means over whole clips; terms are searched by the clips' windows, as `search` does.
 
         Args:
             clips: paths, int16 [S] or float [S] arrays in [-1, 1], of 0.01 to 30 s.
@@ -197,8 +199,27 @@ class Retriever:
 
     def find(self, waves: Sequence[NDArray[np.int16]], k: int) -> list[Hits]:
         """The best k terms of each clip of int16 [S], 16 kHz mono: the one place where clips meet the index."""
+        if self.model.windows is not None:
+            return self._find_by_windows(waves, k)
         scores_BK, places_BK = self._index_in_use().search(self.encode_waves(waves), k)
         return [Hits(scores_K, places_K) for scores_K, places_K in zip(scores_BK, places_BK, strict=True)]
+
+    @torch.no_grad()
+    def _find_by_windows(self, waves: Sequence[NDArray[np.int16]], k: int) -> list[Hits]:
+        """`find` with the maxsim read-out: exact, against every term of the index, with the winning windows' spans."""
+        index = self._index_in_use()
+        limit = GPU_SAMPLES if self.device.type == "cuda" else CPU_SAMPLES
+        found: dict[int, Hits] = {}
+        for batch in _batches([len(wave_S) for wave_S in waves], limit):
+            chosen = [waves[i] for i in batch]
+            lengths = [len(wave_S) for wave_S in chosen]
+            windows = self.model.encode_windows(AudioPack(pack_waves(chosen), lengths))
+            scores_BK, places_BK = best_terms(windows, index.term_NE, k, index.order_N)
+            spans_BK2 = term_spans(self.model, windows, index.term_NE[torch.from_numpy(places_BK)])
+            for row, i in enumerate(batch):
+                spans_K2 = spans_BK2[row].clamp(max=lengths[row] / SAMPLE_RATE).double().numpy()
+                found[i] = Hits(scores_BK[row], places_BK[row], spans_K2)
+        return [found[i] for i in range(len(waves))]
 
     def matches(self, hits: Hits, threshold: float | None = None) -> list[Match]:
         """Hits with their terms, at least `threshold`."""

@@ -50,9 +50,7 @@ def test_quoted_errors_are_in_the_sources(page: str) -> None:
     for text in texts:
         # Numbers and names are filled in when the error is raised: what stands around them must be in the source.
         parts = [
-            part
-            for part in re.split(r"rank 3|data/audio\.py|\(Read-only file system\)|nan", text)
-            if part.strip()
+            part for part in re.split(r"rank 3|data/audio\.py|\(Read-only file system\)|nan", text) if part.strip()
         ]
         missing += [text for part in parts if part.strip() not in written]
     assert not missing, missing

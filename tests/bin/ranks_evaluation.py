@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from bin.bank import embed_bank
 from bin.datasets import merge_drops
-from bin.evaluation import Evaluator, embed_bank, encode_terms
+from bin.evaluation import Evaluator, encode_terms
 from data.clips import load_clips
 from data.drops import DropLog
 from data.glossary import Entry, Glossary

@@ -83,9 +83,9 @@ def bank_of(glossary: Glossary = GLOSSARY, dtype: torch.dtype = torch.float64) -
     return TermBank(torch.nn.functional.normalize(rows_KE, dim=1), keys_K, groups_K)
 
 
-def one_step(folder: Path, world: World, indices: range) -> dict[str, Tensor]:
-    """Summed gradients by name, and the summed loss and its parts as "loss of ..."."""
-    built, temperature = build(folder)
+def one_step(folder: Path, world: World, indices: range, **more: object) -> dict[str, Tensor]:
+    """Summed gradients by name, and the summed loss and its parts as "loss of ...". `more`: settings of the model."""
+    built, temperature = build(folder, **more)
     named = [(n, p) for m in (built.model, temperature) for n, p in m.named_parameters() if p.requires_grad]
     share, parts, relations = loss_share(
         built.model, temperature, batch_of(built, indices), SETTINGS, world, None, bank_of()

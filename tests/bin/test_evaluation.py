@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bin.evaluation import embed_bank, encode_terms
+from bin.bank import embed_bank
+from bin.evaluation import encode_terms
 from data.glossary import Entry, Glossary
 from data.reader import AudioReader
 from data.terms import key64

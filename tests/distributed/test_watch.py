@@ -27,9 +27,7 @@ class Ranks:
         self.store, self.counts, self.places = Store(), [5] * world_size, ["bin/train.py:1 train"] * world_size
         self.alive = set(range(world_size))
         self.watches = [
-            RankWatch(
-                self.store, r, world_size, time_limit_s, lambda r=r: self.counts[r], lambda r=r: self.places[r]
-            )
+            RankWatch(self.store, r, world_size, time_limit_s, lambda r=r: self.counts[r], lambda r=r: self.places[r])
             for r in range(world_size)
         ]
         self.now = self.watches[0]._since
