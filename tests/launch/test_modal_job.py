@@ -211,8 +211,11 @@ signal.signal(signal.SIGTERM, stop)
 time.sleep(60)
 """
 
+# A process started in the background may inherit an ignored Ctrl-C, which Modal's container does not.
 SUPERVISOR = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 sys.path.insert(0, {launch!r})
 import modal_job as job
