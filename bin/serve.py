@@ -5,7 +5,7 @@
 
 Only this machine can reach it unless --host says otherwise, which needs a token: in a file (--token_file) or in the
 variable EARMARK_TOKEN, never on the command line, where other users could read it. It speaks plain HTTP: put a proxy
-with TLS in front of it on any network that is not trusted. Needs the extra: pip install -e ".[serve]"
+with TLS in front of it on any network that is not trusted. Needs the extra: bash launch/setup.sh serve
 """
 
 import sys
@@ -98,7 +98,7 @@ def serve(settings: ServeSettings) -> None:
 
         from bin.service import build_app
     except ImportError as error:
-        raise ValueError(f"serving needs the extra: pip install -e '.[serve]' ({error})") from None
+        raise ValueError(f"serving needs the extra: bash launch/setup.sh serve ({error})") from None
     token = read_token(settings.token_file, settings.host)
     retriever = open_retriever(settings.model, settings.search)
     app = build_app(retriever, settings.limits, threshold_of(retriever, settings.search), token)

@@ -129,4 +129,4 @@ def _faiss() -> Any:
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
-        raise ValueError(f"approximate search needs the extra: pip install -e '.[faiss]' ({error})") from error
+        raise ValueError(f"approximate search needs the extra: bash launch/setup.sh faiss ({error})") from error
