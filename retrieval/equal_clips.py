@@ -89,13 +89,15 @@ def _record(model: DualEncoder, num_samples: int) -> Callable[[NDArray[np.int16]
         fixed_BE = model.encode_audio(pack, layout)
     pinned_S = torch.empty(num_samples, dtype=torch.int16, pin_memory=True)
     has_left = torch.cuda.Event()
+    # A graph knows its inputs by address alone: without these references their memory would go to others.
+    recorded = (graph, layout, pack)
 
     def replay(wave_S: NDArray[np.int16]) -> Tensor:
         has_left.synchronize()  # the samples before these
         pinned_S.copy_(torch.from_numpy(wave_S))
         fixed_S.copy_(pinned_S, non_blocking=True)
         has_left.record()
-        graph.replay()
+        recorded[0].replay()
         return fixed_BE.clone()
 
     return replay
