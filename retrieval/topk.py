@@ -67,7 +67,12 @@ def _slices(query_BE: Tensor, term_NE: Tensor, slice_scores: int) -> Iterator[tu
     """(first term, score_BC) of slices that hold a whole number of blocks."""
     step = max(64, slice_scores // len(query_BE) // BLOCK_TERMS) * BLOCK_TERMS
     for start in range(0, len(term_NE), step):
-        yield start, query_BE @ term_NE[start : start + step].T
+        term_CE = term_NE[start : start + step]
+        if len(query_BE) == 1 and term_CE.device.type == "cpu" and term_CE.dtype == torch.float32:
+            # One query is bound by memory, and numpy's matrix-vector product reads about twice as fast as torch's.
+            yield start, torch.from_numpy(term_CE.numpy() @ query_BE[0].numpy())[None]
+        else:
+            yield start, query_BE @ term_CE.T
 
 
 def _best_on_host(query_BE: Tensor, term_NE: Tensor, count: int) -> tuple[Scores, Places]:
