@@ -162,9 +162,9 @@ def test_a_batch_keeps_its_memory_until_it_is_dropped(loader, settings):
     assert kept[-1].pcm_S.base is None, "a copy, since the slots were taken"
 
 
-def test_a_killed_worker_is_named_at_once(loader, settings):
+def test_a_killed_worker_is_named_at_once(loader, clips, settings):
     settings.num_workers = 2
-    batches = loader(batch_size=2).epoch(0)
+    batches = loader(batch_size=2, clips=clips * 20).epoch(0)  # far more than is built ahead
     next(batches)
     victim = min(child_processes())
     os.kill(victim, signal.SIGKILL)
