@@ -124,12 +124,14 @@ def read_pcm(path: str | Path, start_s: float | None = None, end_s: float | None
     return pcm_S
 
 
-def decode_whole(path: str | Path, info: AudioInfo) -> np.ndarray:
-    """A probed file as int16 [S], 16 kHz mono."""
-    with _opened(path) as (sound, now):
-        if now != info:
-            raise AudioError("changed", f"its header said {info} before, and says {now} now")
-        return _decode(sound, info, 0, info.frames)
+def decode_for(path: str | Path, start_s: float | None, end_s: float | None) -> tuple[AudioInfo, np.ndarray | None]:
+    """The header, and all samples (int16 [S], 16 kHz mono) of a file that is decoded whole; None of a longer one.
+
+    Raises AudioError, also where the span is not within the file.
+    """
+    with _opened(path) as (sound, info):
+        check_span(info, start_s, end_s)
+        return info, _decode(sound, info, 0, info.frames) if info.duration_s <= WHOLE_FILE_S else None
 
 
 def read_bytes(content: bytes, max_s: float = MAX_CLIP_S) -> np.ndarray:

@@ -40,13 +40,14 @@ class Spool:
         self._values: array[Any] | None = None if self.dtype == np.uint8 else array(codes[self.dtype.name])
         self._bytes = bytearray()
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the spool
-        self.num_bytes = 0
+        self._itemsize = self.dtype.itemsize
+        self.num_bytes = self._num_flushed = 0
 
     def append(self, value: int | float) -> None:
         assert self._values is not None
         self._values.append(value)
-        self.num_bytes += self.dtype.itemsize
-        if len(self._values) >= COPY_BYTES // 8:
+        self.num_bytes += self._itemsize
+        if self.num_bytes - self._num_flushed >= COPY_BYTES:
             self._flush()
 
     def extend(self, values: Iterable[int] | bytes | np.ndarray) -> None:
@@ -59,7 +60,7 @@ class Spool:
             block = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=self.dtype)
             self._values.frombytes(block.tobytes())
             self.num_bytes += block.nbytes
-        if len(self._bytes) >= COPY_BYTES or (self._values is not None and len(self._values) >= COPY_BYTES // 8):
+        if self.num_bytes - self._num_flushed >= COPY_BYTES:
             self._flush()
 
     @property
@@ -67,6 +68,7 @@ class Spool:
         return self.num_bytes // self.dtype.itemsize
 
     def _flush(self) -> None:
+        self._num_flushed = self.num_bytes
         if self._values is not None:
             self._file.write(self._values.tobytes())
             del self._values[:]

@@ -129,12 +129,11 @@ def _same_or_refuse(folder: Path, found: str, wanted: str) -> None:
 def _check_space(folder: Path, listing: Path, num_clips: int, stored_samples: int) -> None:
     """Compare what a sample of the headers says will be needed with what is free, before anything is decoded."""
     durations_s = []
-    for number, clip in enumerate(read_listing(listing)):
-        if number % max(1, num_clips // PROBES) == 0:
-            try:
-                durations_s.append(min(check_span(probe(clip.audio_path), clip.start_s, clip.end_s), MAX_CLIP_S))
-            except AudioError:
-                continue  # takes no space; counted when its turn comes
+    for clip in read_listing(listing, every=max(1, num_clips // PROBES)):
+        try:
+            durations_s.append(min(check_span(probe(clip.audio_path), clip.start_s, clip.end_s), MAX_CLIP_S))
+        except AudioError:
+            continue  # takes no space; counted when its turn comes
     mean_s = float(np.mean(durations_s)) if durations_s else 0.0
     needed = num_clips * (mean_s * SAMPLE_RATE * SAMPLE_BYTES + INDEX_BYTES) - stored_samples * SAMPLE_BYTES
     free = shutil.disk_usage(folder).free

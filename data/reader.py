@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from data.audio import WHOLE_FILE_S, AudioError, AudioInfo, check_span, cut, decode_whole, probe, read_pcm
+from data.audio import AudioError, AudioInfo, check_span, cut, decode_for, read_pcm
 from data.containers import SHARD_SUFFIX, place_of
 
 BYTES_PER_MB = 1_000_000
@@ -38,15 +38,17 @@ class AudioReader:
             kept = self._files.get(path)
             if kept is not None:
                 self._files.move_to_end(path)
-        info = kept[0] if kept else probe(path)
-        if kept is None and (self.max_bytes <= 0 or info.duration_s > WHOLE_FILE_S):
+        if kept is not None:
+            check_span(kept[0], start_s, end_s)
+            return cut(kept[1], start_s, end_s)
+        if self.max_bytes <= 0:
             return read_pcm(path, start_s, end_s)
-        check_span(info, start_s, end_s)
-        pcm_S = kept[1] if kept else decode_whole(path, info)
-        if kept is None:
-            pcm_S.setflags(write=False)
-            self._keep(path, info, pcm_S)
-        return cut(pcm_S, start_s, end_s)
+        info, whole_S = decode_for(path, start_s, end_s)
+        if whole_S is None:
+            return read_pcm(path, start_s, end_s)
+        whole_S.setflags(write=False)
+        self._keep(path, info, whole_S)
+        return cut(whole_S, start_s, end_s)
 
     def read_shard(self, path: str, first: int, num_samples: int) -> np.ndarray:
         """Samples of a packed folder's shard, as a view of its map. Raises AudioError."""
