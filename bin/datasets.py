@@ -4,6 +4,7 @@ Order: read the files, read every audio header once, refuse leaks between traini
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from data.mined import ClipNegatives
 from data.reader import AudioReader
 from data.records import find_file
 from data.settings import DataSettings
+from data.shards import is_packed, open_packed
+from data.table import ClipTable, terms_of
 from data.windows import Windows, load_prompts
 from distributed.collectives import barrier, gather_json
 from distributed.processes import World
@@ -26,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Datasets:
-    train: list[Clip]
-    test: list[Clip]
-    dev: list[Clip] | None  # None: the test set serves as dev set too
+    train: Sequence[Clip]
+    test: Sequence[Clip]
+    dev: Sequence[Clip] | None  # None: the test set serves as dev set too
     glossary: Glossary | None
     windows: Windows | None
     negatives: ClipNegatives | None
@@ -48,11 +51,7 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
         "test": settings.test_samples_path,
         "dev": settings.dev_samples_path,
     }
-    files = {
-        n: find_file(p, settings.data_root, f"--{n}_samples_path", or_folder=True)
-        for n, p in wanted.items()
-        if p is not None
-    }
+    files = _find_files(wanted, settings)
     # One account a file, so that a large training file cannot hide a broken test file.
     accounts = {name: DropLog(settings.max_bad_fraction) for name in files}
     clips = _load_checked(files, accounts, settings, world)
@@ -76,7 +75,8 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
         if not some:
             raise ValueError(f"--{name}_samples_path: {files[name]} has no usable clip left; {drops.summary()}")
         if name != "train":
-            refuse_leaks([*clips["train"], *windowed], some, name, settings.check_leak_content)
+            refuse_leaks(clips["train"], some, name, settings.check_leak_content)
+            refuse_leaks(windowed, some, name, settings.check_leak_content)
 
     _tell(clips, files, drops)
     if "dev" not in clips and world.is_main:
@@ -101,9 +101,9 @@ def load_datasets(settings: DataSettings, world: World, bad_records: Path | None
 class MeasuredSets:
     """What a trained model is measured on."""
 
-    test: list[Clip]
-    dev: list[Clip] | None
-    train: list[Clip] | None  # labels only: their audio is not looked at; None when the file is not at hand
+    test: Sequence[Clip]
+    dev: Sequence[Clip] | None
+    train: Sequence[Clip] | None  # labels only: their audio is not looked at; None when the file is not at hand
     glossary: Glossary | None
     terms: list[str]
     seen_terms: frozenset[str]
@@ -117,7 +117,7 @@ def load_measured_sets(settings: DataSettings, world: World) -> MeasuredSets:
     Raises ValueError as `load_datasets` does, a leak included.
     """
     wanted = {"test": settings.test_samples_path, "dev": settings.dev_samples_path}
-    files = {n: find_file(p, settings.data_root, f"--{n}_samples_path") for n, p in wanted.items() if p is not None}
+    files = _find_files(wanted, settings)
     accounts = {name: DropLog(settings.max_bad_fraction) for name in files}
     clips = _load_checked(files, accounts, settings, world)
     drops = DropLog(settings.max_bad_fraction)
@@ -132,13 +132,13 @@ def load_measured_sets(settings: DataSettings, world: World) -> MeasuredSets:
 
     train, seen_terms = None, frozenset[str]()
     try:
-        train_file = find_file(settings.train_samples_path, settings.data_root, "--train_samples_path")
+        train_file = _find_files({"train": settings.train_samples_path}, settings)["train"]
     except ValueError as error:
         if world.is_main:
             logger.warning("seen and unseen terms, and training frequencies, are not told apart: %s", error)
     else:
         labels_only = DropLog()
-        train = load_clips(train_file, settings, labels_only)
+        train = _load(train_file, settings, labels_only)
         if labels_only.num_dropped and world.is_main:
             logger.warning("%s: %s; their terms do not count as seen", train_file, labels_only.summary())
         windows = _load_windows(settings, train, glossary, DropLog())
@@ -161,52 +161,72 @@ def merge_drops(drops: DropLog, world: World, bad_records: Path | None) -> None:
     drops.check()
 
 
+def _find_files(wanted: dict[str, str | None], settings: DataSettings) -> dict[str, Path]:
+    """Samples files, or folders of such or of shards. ValueError names the flag and where it looked."""
+    return {
+        name: find_file(path, settings.data_root, f"--{name}_samples_path", or_folder=True)
+        for name, path in wanted.items()
+        if path is not None
+    }
+
+
+def _load(path: Path, settings: DataSettings, drops: DropLog) -> Sequence[Clip]:
+    """A packed folder stays where it is, mapped; anything else becomes a list."""
+    if not is_packed(path):
+        return load_clips(path, settings, drops)
+    table = open_packed(path)
+    drops.seen(len(table))
+    return table
+
+
 def _load_checked(
     files: dict[str, Path], accounts: dict[str, DropLog], settings: DataSettings, world: World
-) -> dict[str, list[Clip]]:
+) -> dict[str, Sequence[Clip]]:
     """The clips of each file, their audio headers checked where that is asked for: on rank 0 first, which caches."""
-    clips = {name: load_clips(path, settings, accounts[name]) for name, path in files.items()}
+    clips: dict[str, Sequence[Clip]] = {n: _load(path, settings, accounts[n]) for n, path in files.items()}
     if settings.check_audio:
         if not world.is_main:
             barrier()
-        clips = {n: check_clips(some, accounts[n], settings.check_cache_path) for n, some in clips.items()}
+        # What is packed was checked, and decoded, when it was.
+        loose = {n: some for n, some in clips.items() if isinstance(some, list)}
+        clips |= {n: check_clips(some, accounts[n], settings.check_cache_path) for n, some in loose.items()}
         if world.is_main:
             barrier()
     return clips
 
 
-def _ranked_terms(clips: dict[str, list[Clip]], glossary: Glossary | None, world: World) -> list[str]:
+def _ranked_terms(clips: dict[str, Sequence[Clip]], glossary: Glossary | None, world: World) -> list[str]:
     """The glossary, and labels of test and dev that it lacks; without one, all labels."""
-    labels = {name: dict.fromkeys(term for clip in some for term in clip.terms) for name, some in clips.items()}
+    labels = {name: terms_of(some) for name, some in clips.items()}
     if glossary is None:
         return sorted({term for some in labels.values() for term in some})
     known = set(glossary.terms)
-    measured = labels["test"] | labels.get("dev", {})
+    measured = dict.fromkeys([*labels["test"], *labels.get("dev", ())])
     absent = [term for term in measured if term not in known]
     if absent and world.is_main:
         logger.warning("%d labels are not in the glossary and join it for evaluation: %s", len(absent), absent[:5])
     return [*glossary.terms, *absent]
 
 
-def _seen_terms(train: list[Clip], windows: Windows | None) -> frozenset[str]:
+def _seen_terms(train: Sequence[Clip], windows: Windows | None) -> frozenset[str]:
     """Terms that are a positive of a training clip, or may be one of a random window."""
-    named = frozenset(term for clip in train for term in clip.terms)
+    named = frozenset(terms_of(train))
     return named if windows is None else named | windows.possible_terms()
 
 
-def _tell(clips: dict[str, list[Clip]], files: dict[str, Path], drops: DropLog) -> None:
+def _tell(clips: dict[str, Sequence[Clip]], files: dict[str, Path], drops: DropLog) -> None:
     for name, some in clips.items():
-        num_no_term = sum(clip.is_no_term for clip in some)
+        num_no_term = int(some.is_no_term_C.sum()) if isinstance(some, ClipTable) else sum(c.is_no_term for c in some)
         logger.info("%s: %d clips (%d without a term) from %s", name, len(some), num_no_term, files[name])
     if drops.counts or drops.notes:
         logger.info("%s", drops.summary())
 
 
 def _load_windows(
-    settings: DataSettings, train: list[Clip], glossary: Glossary | None, drops: DropLog
+    settings: DataSettings, train: Sequence[Clip], glossary: Glossary | None, drops: DropLog
 ) -> Windows | None:
     if settings.word_times_path is None or settings.window_fraction == 0:
         return None
     path = find_file(settings.word_times_path, settings.data_root, "--word_times_path")
-    terms = {term for clip in train for term in clip.terms} | set(glossary.terms if glossary else ())
+    terms = {*terms_of(train), *(glossary.terms if glossary else ())}
     return Windows(load_prompts(path, settings, drops), sorted(terms), settings)

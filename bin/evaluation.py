@@ -67,7 +67,7 @@ def encode_terms(
 class Evaluator:
     """A test or dev set against a glossary: call it with a model for the metrics, or `measure` for all facts."""
 
-    clips: list[Clip]
+    clips: Sequence[Clip]
     terms: list[str]  # the glossary's normal forms
     seen_terms: frozenset[str]  # those that are a positive of any training clip
     reader: AudioReader

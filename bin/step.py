@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from bin.feed import FedBatch
 from data.batches import Batch
 from distributed.collectives import gather_int_arrays, gather_json, gather_row_blocks
 from distributed.processes import World
@@ -29,7 +30,6 @@ from losses.terms import TermBank
 from losses.total import Embeddings, align_texts, total_loss
 from model.dual import DualEncoder
 from model.maxsim import WindowedClips
-from model.packing import AudioPack, TextPack
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,26 @@ class Encoded:
     clips: WindowedClips | None  # with the maxsim read-out
 
 
-def encode_batch(model: DualEncoder, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def encode_batch(model: DualEncoder, batch: Batch | FedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """(audio_BE, text_TE, term_LE), without the windows that maxsim makes of the clips."""
     encoded = encode_all(model, batch)
     return encoded.audio_BE, encoded.text_TE, encoded.term_LE
 
 
-def encode_all(model: DualEncoder, batch: Batch) -> Encoded:
+def encode_all(model: DualEncoder, batch: Batch | FedBatch) -> Encoded:
     """Everything of a batch that the losses look at."""
+    fed = FedBatch.of(batch)
     width, device = model.audio_head.out_features, model.device
     none_0E = torch.zeros(0, width, dtype=model.audio_head.weight.dtype, device=device)
     audio_BE, clips = none_0E, None if model.windows is None else WindowedClips(none_0E, [])
-    if batch.num_samples:
-        pack = AudioPack(torch.from_numpy(batch.pcm_S), list(batch.num_samples))
+    if fed.audio is not None:
         if model.windows is None:
-            audio_BE = model.encode_audio(pack)
+            audio_BE = model.encode_audio(fed.audio)
         else:
-            windows = model.encode_windows(pack)
+            windows = model.encode_windows(fed.audio)
             audio_BE, clips = windows.audio_BE, windows.clips
-    strings_E = none_0E
-    if batch.token_lengths:
-        ids_P = torch.from_numpy(batch.token_ids_P).long()
-        strings_E = model.encode_text(TextPack(ids_P, list(batch.token_lengths)))
-    return Encoded(audio_BE, strings_E[: batch.num_texts], strings_E[batch.num_texts :], clips)
+    strings_E = none_0E if fed.text is None else model.encode_text(fed.text)
+    return Encoded(audio_BE, strings_E[: fed.batch.num_texts], strings_E[fed.batch.num_texts :], clips)
 
 
 def batch_ids(batch: Batch) -> BatchIds:
@@ -83,7 +80,7 @@ def batch_ids(batch: Batch) -> BatchIds:
 def loss_share(
     model: DualEncoder,
     temperature: Temperature,
-    batch: Batch,
+    batch: Batch | FedBatch,
     settings: LossSettings,
     world: World,
     wire_dtype: torch.dtype | None,
@@ -93,12 +90,13 @@ def loss_share(
 
     A collective: every rank must call it, and run its backward pass, or none.
     """
-    device = model.device
+    fed, device = FedBatch.of(batch), model.device
+    batch = fed.batch
     packed, counts = gather_int_arrays([batch_ids(batch).pack()])[0]
     relations = Relations.build([BatchIds.unpack(part) for part in packed.split(counts)])
     local = relations.local(world.rank, device)
 
-    own = encode_all(model, batch)
+    own = encode_all(model, fed)
     text_BE = align_texts(own.text_TE, torch.from_numpy(batch.text_row_B).to(device))
     clip_counts = [len(relations.clips_of(rank)) for rank in range(world.world_size)]
     starts = relations.term_row_starts

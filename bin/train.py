@@ -31,6 +31,7 @@ from bin.checks import check_rooms_agree, describe_plan
 from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
 from bin.evaluation import Evaluator, encode_terms
+from bin.feed import feed, pinning
 from bin.optimizer import parameter_groups
 from bin.redaction import redact, tell_error
 from bin.reporting import NUM_MISSES, show_test, write_run_report
@@ -125,19 +126,10 @@ def train(config: Config) -> int:
 
         # -------------------------------------------------------------------------- loader, optimizer, schedule
         loader = Loader(
-            data.train,
-            cfg.batch_size // cfg.grad_accum_steps,
-            tokenizer,
-            config.data,
-            seed=cfg.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-            glossary=data.glossary,
-            windows=data.windows,
-            negatives=data.negatives,
-            drops=data.drops,
-            reader=data.reader,
-        )
+            data.train, cfg.batch_size // cfg.grad_accum_steps, tokenizer, config.data,
+            seed=cfg.seed, rank=world.rank, world_size=world.world_size, glossary=data.glossary, windows=data.windows,
+            negatives=data.negatives, drops=data.drops, reader=data.reader, pin=pinning(world.device),
+        )  # fmt: skip
         steps_per_epoch = loader.steps_per_epoch // cfg.grad_accum_steps
         if steps_per_epoch == 0:
             raise ValueError(
@@ -202,7 +194,7 @@ def train(config: Config) -> int:
         with stop.held(lambda: save(bank)), progress_bar(config.run.progress and world.is_main) as bar:
             task = bar.add_task("training", total=total_steps, completed=state.step, note="")
             while not is_over:
-                batches_of_epoch = loader.epoch(state.epoch, state.step_in_epoch * cfg.grad_accum_steps)
+                batches_of_epoch = feed(loader, state.epoch, state.step_in_epoch * cfg.grad_accum_steps, world.device)
                 while not state.unmeasured and state.step_in_epoch < steps_per_epoch and state.step < total_steps:
                     bank = schedule.current(bank, model, tokenizer, state.step, state.step_in_epoch)
                     lr = learning_rate(state.step)

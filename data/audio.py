@@ -12,6 +12,7 @@ import io
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -59,27 +60,40 @@ class AudioInfo:
 
 def probe(path: str | Path) -> AudioInfo:
     """Judge a file by its header. Raises AudioError; decodes nothing."""
+    with _opened(path) as (_, info):
+        return info
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[sf.SoundFile, AudioInfo]]:
+    """A file whose header was judged, open for decoding: opening it twice costs as much as decoding a short WAV."""
     place = place_of(path)
     num_bytes = _regular_file_size(place)
-    with open(path, "rb") if place.size is None else _in_memory(place) as file:
-        return _judge(place, file, num_bytes)
+    with (
+        open(path, "rb", buffering=0) if place.size is None else _in_memory(place) as file,
+        _judged(place, file, num_bytes) as judged,
+    ):
+        yield judged
 
 
-def _judge(source: Place | BinaryIO, file: BinaryIO, num_bytes: int) -> AudioInfo:
+@contextmanager
+def _judged(source: Place | BinaryIO, file: BinaryIO, num_bytes: int) -> Iterator[tuple[sf.SoundFile, AudioInfo]]:
+    """`file`: the same bytes as `source`, for a look at the container's own sizes."""
     try:
-        with _sound_file(source) as sound:
-            info = AudioInfo(sound.frames, sound.samplerate, sound.channels)
+        sound = _sound_file(source)
     except (sf.LibsndfileError, RuntimeError, ValueError, TypeError) as error:
         raise AudioError("not_audio", f"libsndfile cannot open it ({_said(error)})") from error
-    if not MIN_RATE <= info.rate <= MAX_RATE:
-        raise AudioError("bad_rate", f"{info.rate} Hz; allowed are {MIN_RATE} to {MAX_RATE}")
-    if not 1 <= info.channels <= MAX_CHANNELS:
-        raise AudioError("bad_channels", f"{info.channels} channels; allowed are 1 to {MAX_CHANNELS}")
-    file.seek(0)
-    _check_container(file, num_bytes)
-    if info.frames <= 0:
-        raise AudioError("empty_audio", "the header declares no samples")
-    return info
+    with sound:
+        info = AudioInfo(sound.frames, sound.samplerate, sound.channels)
+        if not MIN_RATE <= info.rate <= MAX_RATE:
+            raise AudioError("bad_rate", f"{info.rate} Hz; allowed are {MIN_RATE} to {MAX_RATE}")
+        if not 1 <= info.channels <= MAX_CHANNELS:
+            raise AudioError("bad_channels", f"{info.channels} channels; allowed are 1 to {MAX_CHANNELS}")
+        file.seek(0)
+        _check_container(file, num_bytes)
+        if info.frames <= 0:
+            raise AudioError("empty_audio", "the header declares no samples")
+        yield sound, info
 
 
 def check_span(info: AudioInfo, start_s: float | None, end_s: float | None) -> float:
@@ -99,20 +113,25 @@ def check_span(info: AudioInfo, start_s: float | None, end_s: float | None) -> f
 
 def read_pcm(path: str | Path, start_s: float | None = None, end_s: float | None = None) -> np.ndarray:
     """The span (None = the file's start, end; seconds) as int16 [S], 16 kHz mono. Raises AudioError."""
-    info = probe(path)
-    check_span(info, start_s, end_s)
-    if info.duration_s <= WHOLE_FILE_S:
-        return cut(decode_whole(path, info), start_s, end_s)
-    first = round((start_s or 0.0) * info.rate)
-    last = min(info.frames, round(end_s * info.rate) if end_s is not None else info.frames)
-    pcm_S = _decode(place_of(path), info, first, last - first)
+    with _opened(path) as (sound, info):
+        check_span(info, start_s, end_s)
+        if info.duration_s <= WHOLE_FILE_S:
+            return cut(_decode(sound, info, 0, info.frames), start_s, end_s)
+        first = round((start_s or 0.0) * info.rate)
+        last = min(info.frames, round(end_s * info.rate) if end_s is not None else info.frames)
+        pcm_S = _decode(sound, info, first, last - first)
     _refuse_silence(pcm_S)
     return pcm_S
 
 
-def decode_whole(path: str | Path, info: AudioInfo) -> np.ndarray:
-    """A probed file as int16 [S], 16 kHz mono."""
-    return _decode(place_of(path), info, 0, info.frames)
+def decode_for(path: str | Path, start_s: float | None, end_s: float | None) -> tuple[AudioInfo, np.ndarray | None]:
+    """The header, and all samples (int16 [S], 16 kHz mono) of a file that is decoded whole; None of a longer one.
+
+    Raises AudioError, also where the span is not within the file.
+    """
+    with _opened(path) as (sound, info):
+        check_span(info, start_s, end_s)
+        return info, _decode(sound, info, 0, info.frames) if info.duration_s <= WHOLE_FILE_S else None
 
 
 def read_bytes(content: bytes, max_s: float = MAX_CLIP_S) -> np.ndarray:
@@ -122,13 +141,14 @@ def read_bytes(content: bytes, max_s: float = MAX_CLIP_S) -> np.ndarray:
     """
     if not content:
         raise AudioError("empty_file", "0 bytes")
-    info = _judge(io.BytesIO(content), io.BytesIO(content), len(content))
-    if not MIN_CLIP_S <= info.duration_s <= max_s + 1e-6:
-        reason = "too_short" if info.duration_s < MIN_CLIP_S else "too_long"
-        raise AudioError(reason, f"{info.duration_s:.4f} s; allowed are {MIN_CLIP_S} to {max_s}")
-    if info.frames * info.channels > MAX_DECODED:
-        raise AudioError("too_large", f"{info.frames} samples of {info.channels} channels; send it at 48 kHz or below")
-    return _decode(io.BytesIO(content), info, 0, info.frames)
+    with _judged(io.BytesIO(content), io.BytesIO(content), len(content)) as (sound, info):
+        if not MIN_CLIP_S <= info.duration_s <= max_s + 1e-6:
+            reason = "too_short" if info.duration_s < MIN_CLIP_S else "too_long"
+            raise AudioError(reason, f"{info.duration_s:.4f} s; allowed are {MIN_CLIP_S} to {max_s}")
+        if info.frames * info.channels > MAX_DECODED:
+            detail = f"{info.frames} samples of {info.channels} channels; send it at 48 kHz or below"
+            raise AudioError("too_large", detail)
+        return _decode(sound, info, 0, info.frames)
 
 
 def iterate_pcm(path: str | Path, block_s: float = 10.0) -> Iterator[np.ndarray]:
@@ -167,16 +187,19 @@ def cut(pcm_S: np.ndarray, start_s: float | None, end_s: float | None) -> np.nda
     return span_S
 
 
-def _decode(source: Place | BinaryIO, info: AudioInfo, first: int, frames: int) -> np.ndarray:
+def _decode(sound: sf.SoundFile, info: AudioInfo, first: int, frames: int) -> np.ndarray:
+    # 16 bits that need neither mixing nor resampling stay as they are; by way of floats they would be the same.
+    is_plain = info.rate == SAMPLE_RATE and info.channels == 1 and sound.subtype == "PCM_16"
     try:
-        with _sound_file(source) as file:
-            if first:
-                file.seek(first)
-            samples_SC = file.read(frames, dtype="float32", always_2d=True)
+        if first:
+            sound.seek(first)
+        samples_SC = sound.read(frames, dtype="int16" if is_plain else "float32", always_2d=True)
     except (sf.LibsndfileError, RuntimeError, ValueError) as error:
         raise AudioError("undecodable", _said(error)) from error
     if len(samples_SC) != frames:
         raise AudioError("truncated", f"{len(samples_SC)} of {frames} declared samples could be decoded")
+    if is_plain:
+        return samples_SC[:, 0]
     mono_S = _mono(samples_SC)
     if info.rate != SAMPLE_RATE:
         mono_S = soxr.resample(mono_S, info.rate, SAMPLE_RATE)

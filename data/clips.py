@@ -16,6 +16,7 @@ from data.formats.detect import importer_for
 from data.formats.source import Source
 from data.paths import PathResolver
 from data.settings import InputSettings
+from data.shards import is_packed, open_packed
 
 __all__ = ["Clip", "PathResolver", "RecordError", "iterate_clips", "joined", "load_clips"]
 
@@ -26,6 +27,11 @@ def iterate_clips(path: str | Path, settings: InputSettings, drops: DropLog) -> 
     Bad records are added to `drops`. Raises ValueError for a file that cannot be read or is of no known format, and
     for a format without labels when no glossary is set.
     """
+    if is_packed(path):
+        table = open_packed(path)
+        drops.seen(len(table))
+        yield from table
+        return
     source = Source(Path(path), settings, drops)
     yield from importer_for(source.path, settings)(source)
     source.resolver.warn_of_unused()

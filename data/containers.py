@@ -2,8 +2,9 @@
 
     /x/shard-000.tar:1536+88244       a member of a tar: an audio file in its own right
     /x/shard_00000.dat:640000+64000   samples of an old shard: int16, little-endian, 16 kHz mono, no header
+    /x/shard-00000.pcm:640000+64000   samples of a packed folder, the same
 
-Only files that end in .tar and .dat are read so; any other path is a whole file, whatever its name looks like.
+Only files that end in .tar, .dat and .pcm are read so; any other path is a whole file, whatever its name looks like.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_PLACE = re.compile(r"(?s)(.+\.(?:tar|dat)):([0-9]{1,18})\+([0-9]{1,18})\Z")
-RAW_SUFFIX = ".dat"
+_PLACE = re.compile(r"(?s)(.+\.(?:tar|dat|pcm)):([0-9]{1,18})\+([0-9]{1,18})\Z")
+SHARD_SUFFIX = ".pcm"  # of a packed folder (data/shards.py)
+RAW_SUFFIXES = (".dat", SHARD_SUFFIX)
 
 
 class Place(NamedTuple):
@@ -27,7 +29,7 @@ class Place(NamedTuple):
     @property
     def is_raw(self) -> bool:
         """Whether the bytes are bare samples."""
-        return self.size is not None and self.path.endswith(RAW_SUFFIX)
+        return self.size is not None and self.path.endswith(RAW_SUFFIXES)
 
     def __str__(self) -> str:
         return self.path if self.size is None else f"{self.path}:{self.offset}+{self.size}"

@@ -67,7 +67,8 @@ class DropLog:
             identity = (reason, source if kind == "drop" else f"{source} {detail}")
             if identity in self._known:
                 return
-            self._known.add(identity)
+            if kind == "drop" or len(self._known) < MAX_LISTED:  # notes may be as many as there are records
+                self._known.add(identity)
             counter[reason] += 1
             if len(self._lines) < MAX_LISTED:
                 self._lines.append({"kind": kind, "reason": reason, "source": source, "detail": detail})

@@ -61,7 +61,15 @@ class Glossary:
 
     def group(self, term: str) -> int:
         """The variant group of any term; shared with its aliases where the glossary names some."""
-        group = variant_group(term)
+        return self.standing_for(variant_group(term))
+
+    @property
+    def replaced(self) -> dict[int, int]:
+        """Each variant group that aliases have joined to another one, with the group that stands for both."""
+        return {group: self.standing_for(group) for group in self._parents}
+
+    def standing_for(self, group: int) -> int:
+        """The group that stands for a group and all that aliases have joined to it."""
         while group in self._parents:
             group = self._parents[group]
         return group

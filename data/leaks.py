@@ -12,15 +12,23 @@ What is compared, the cheap first:
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
 
 from data.audio import AudioError, read_pcm
 from data.clip import Clip
 from data.containers import place_of, real_path
 from data.phrases import words_of
+from data.shards import audio_key
+from data.table import ClipTable, as_listed, rows_shared_with
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 EXAMPLES = 3
 SAMPLE_BYTES = 4096
@@ -44,14 +52,22 @@ class Span(NamedTuple):
     clip: Clip
 
 
-def refuse_leaks(train: list[Clip], test: list[Clip], test_name: str = "test", content: bool = True) -> None:
+def refuse_leaks(train: Sequence[Clip], test: Sequence[Clip], test_name: str = "test", content: bool = True) -> None:
     """Raise ValueError when a clip of `test` has an id of `train`, or audio that `train` holds too.
 
     Audio is the same when the file is the same one (links followed) and the spans overlap, or, with `content`, when
-    another file holds the same bytes.
+    another file holds the same bytes. Packed clips count with the files that they were made of; of a packed training
+    set `content` compares samples, clip by clip.
     """
-    kinds: list[Kind] = ["id", "audio", "audio content"] if content else ["id", "audio"]
-    found = next((leaks for kind in kinds if (leaks := find_leaks(train, test, kind))), [])
+    listed = list(as_listed(test))
+    if isinstance(train, ClipTable) and train.is_packed:
+        near, rows = rows_shared_with(train, listed, _audio_keys(test) if content else [])
+        found = find_leaks(near, listed, "id") or find_leaks(near, listed, "audio") or _same_keys(train, rows, test)
+    else:
+        kinds: list[Kind] = ["id", "audio", "audio content"] if content else ["id", "audio"]
+        if content and listed and listed[0] is not test[0]:
+            logger.warning("%s is packed: its content is compared through the files that it was made of", test_name)
+        found = next((leaks for kind in kinds if (leaks := find_leaks(list(train), listed, kind))), [])
     if not found:
         return
     raise ValueError(
@@ -128,6 +144,24 @@ def _same_content(train: list[Clip], test: list[Clip]) -> list[Leak]:
     return found
 
 
+def _same_keys(train: ClipTable, rows: list[int], test: Sequence[Clip]) -> list[Leak]:
+    """`rows` of the training clips have the samples of a test clip."""
+    by_key = dict(zip(_audio_keys(test), as_listed(test), strict=True)) if rows else {}
+    return [Leak("samples", train.as_listed(row), by_key[int(train.columns["audio_key"][row])]) for row in rows]
+
+
+def _audio_keys(clips: Sequence[Clip]) -> list[int]:
+    """Of each clip's samples; 0 where they cannot be read, which is for others to tell."""
+    if isinstance(clips, ClipTable) and clips.is_packed:
+        return clips.columns["audio_key"].tolist()
+    return [key or 0 for key in _mapped(_audio_key, clips)]
+
+
+def _audio_key(clip: Clip) -> int | None:
+    pcm_S = _samples(clip)
+    return None if pcm_S is None else audio_key(pcm_S)
+
+
 def _same_text(train: list[Clip], test: list[Clip], min_words: int) -> list[Leak]:
     known = {words: clip for clip in train if len(words := tuple(words_of(clip.text))) >= min_words}
     return [Leak("text", known[words], clip) for clip in test if (words := tuple(words_of(clip.text))) in known]
@@ -140,14 +174,18 @@ def _same_samples(train: list[Clip], test: list[Clip]) -> list[Leak]:
 
 
 def _sample_hash(clip: Clip) -> bytes | None:
+    pcm_S = _samples(clip)
+    return None if pcm_S is None else hashlib.blake2b(pcm_S.tobytes(), digest_size=16).digest()
+
+
+def _samples(clip: Clip) -> np.ndarray | None:
     try:
-        pcm_S = read_pcm(clip.audio_path, clip.start_s, clip.end_s)
+        return read_pcm(clip.audio_path, clip.start_s, clip.end_s)
     except AudioError:
         return None  # no clip of a set that can be read
-    return hashlib.blake2b(pcm_S.tobytes(), digest_size=16).digest()
 
 
-def _mapped(measure: Callable[[Clip], bytes | None], clips: list[Clip]) -> Iterable[bytes | None]:
+def _mapped(measure: Callable[[Clip], T | None], clips: Sequence[Clip]) -> list[T | None]:
     with ThreadPoolExecutor(READ_THREADS) as pool:
         return list(pool.map(measure, clips))
 

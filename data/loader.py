@@ -1,9 +1,9 @@
-"""Batches of an epoch in a fixed order, whatever the number of ranks, threads and restarts.
+"""Batches of an epoch in a fixed order, whatever the number of ranks, workers and restarts.
 
 Worked example: 10 clips and no windows, batch_size 4, 2 ranks.
 
     permutation of (seed, epoch):  7 2 9 0 | 4 1 8 3 | 6 5
-    step 0  global batch 7 2 9 0   rank 0: 7 0    rank 1: 2 9     dealt by duration, longest first, to and fro
+    step 0  global batch 7 2 9 0   rank 0: 7 0    rank 1: 2 9     dealt so that both get as many tokens
     step 1  global batch 4 1 8 3   rank 0: 4 3    rank 1: 1 8
     step 2  2 clips are fewer than 2 a rank: dropped in this epoch, and the log says so (kept from 4 clips on)
 
@@ -12,45 +12,64 @@ sees the global batches that it would have seen.
 
 A clip whose audio fails on read is dropped, counted, and the rank's batch is smaller; a rank left with none takes the
 next clip of the permutation that can be read, since every rank needs one for the collectives of the step.
+
+Workers are processes of their own (data/pool.py). They build whole batches into shared memory, step s in worker
+s mod num_workers, and the trainer reads them there: nothing is decoded, tokenised or copied in the training process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import threading
-from collections import deque
+import os
+import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
 
-import numpy as np
-
-from data import augment
 from data.audio import AudioError
 from data.batches import Batch, Tokenize, collate
-from data.clips import Clip
+from data.building import Builder
+from data.clip import Clip
 from data.drops import DropLog
-from data.glossary import Glossary, group_of
+from data.glossary import Glossary
+from data.groups import GroupMap, GroupSet
 from data.mined import ClipNegatives
+from data.pool import WorkerPool
 from data.reader import AudioReader
+from data.recipe import Recipe, maskable_groups, recipe_file, recipe_spec, shared_table
 from data.settings import DataSettings
+from data.slots import Pin, private_copy, read_batch
+from data.table import ClipTable
 from data.windows import Windows
 
 logger = logging.getLogger(__name__)
 
 MIN_CLIPS_A_RANK = 2  # of a last, smaller batch: with one clip a rank has no negative of its own
-MAX_SUBSTITUTES = 100
-BATCHES_AHEAD = 2  # a thread
+
+
+@runtime_checkable
+class PortableTokenizer(Protocol):
+    """A tokenizer that can be rebuilt in another process."""
+
+    def __call__(self, texts: list[str]) -> list[list[int]]: ...
+
+    def recipe(self) -> tuple[str, str]:
+        """("module:function", text): the function, called with the text, makes an equal tokenizer."""
+        ...
 
 
 class Loader:
     """Training batches of one rank.
 
-    clips       of the whole training set, the same list on each rank
+    clips       of the whole training set, the same on each rank: a list, or a table as packed folders have
     batch_size  clips of a step over all ranks (with gradient accumulation: of a micro-batch over all ranks)
+    tokenize    with workers it must be a PortableTokenizer
     negatives   mined hard negatives of these clips; settings.hard_neg_mined of a clip's join each of its batches
     windows     random windows, mixed in as settings.window_fraction says
     drops       where audio that fails on read is counted; the caller checks the limit, agreed between ranks
+    pin         locks memory for a device's copies, see WorkerPool
+
+    Arrays of a batch lie in shared memory that is used again once nothing refers to them.
     """
 
     def __init__(
@@ -68,27 +87,42 @@ class Loader:
         negatives: ClipNegatives | None = None,
         drops: DropLog | None = None,
         reader: AudioReader | None = None,
+        pin: Pin | None = None,
     ) -> None:
         if batch_size < world_size:
             raise ValueError(f"batch_size is {batch_size}; allowed are {world_size} (one clip a process) and above")
-        if not clips:
+        if not len(clips):
             raise ValueError("no training clip is left")
         if seed < 0:
             raise ValueError(f"seed is {seed}; allowed are 0 and above")
         assert 0 <= rank < world_size, (rank, world_size)
-        self.clips = clips
-        self.batch_size = batch_size
-        self.settings = settings
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.glossary = glossary
-        self.windows = windows
-        self.negatives = negatives
-        self.num_windows = round(settings.window_fraction * len(clips)) if windows else 0
+        if settings.num_workers and not isinstance(tokenize, PortableTokenizer):
+            raise ValueError(
+                f"num_workers is {settings.num_workers}, but {type(tokenize).__name__} has no recipe() by which a "
+                "worker could rebuild it; allowed with this tokenizer is 0"
+            )
+        self.settings, self.batch_size = settings, batch_size
         self.drops = drops or DropLog(settings.max_bad_fraction)
-        self.reader = reader or AudioReader(settings.audio_cache_mb)
+        self._table_file: int | None = None
+        if isinstance(clips, ClipTable):
+            table = clips
+        else:
+            self._table_file, table = shared_table(clips)
+            weakref.finalize(self, os.close, self._table_file)
+        groups = GroupMap(glossary.replaced if glossary else None)
+        maskable = GroupSet()
+        if settings.mask_spoken_terms:
+            maskable = maskable_groups(table, groups, windows, glossary, negatives)
+        num_windows = round(settings.window_fraction * len(table)) if windows else 0
+        self.recipe = Recipe(
+            table, settings, batch_size, seed, rank, world_size, num_windows, windows, negatives, groups, maskable
+        )
         self._tokenize = tokenize
-        self._tokenize_lock = threading.Lock()  # fast tokenizers refuse to be called from two threads at once
-        self._maskable = self._terms_groups() if settings.mask_spoken_terms else frozenset()
+        self._builder = Builder(self.recipe, tokenize, reader or AudioReader(settings.audio_cache_mb), self.drops)
+        self._pool: WorkerPool | None = None
+        self._pin = pin
+        self._next_worker: int | None = None  # whose answer comes next; None when all were handed out
+        self._iteration = 0  # of `epoch`: only the newest may use the workers
         last = self.num_items % batch_size
         self._keeps_last = last >= MIN_CLIPS_A_RANK * world_size
         if last and not self._keeps_last:
@@ -102,9 +136,14 @@ class Loader:
             )
 
     @property
+    def num_windows(self) -> int:
+        """Random windows of an epoch."""
+        return self.recipe.num_windows
+
+    @property
     def num_items(self) -> int:
         """Clips and windows of an epoch."""
-        return len(self.clips) + self.num_windows
+        return self.recipe.num_items
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,122 +153,75 @@ class Loader:
     @property
     def fingerprint(self) -> str:
         """Changes when the order of batches would: to be kept in a checkpoint and compared on resume."""
+        recipe = self.recipe
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self.seed, self.batch_size, self.num_windows)).encode())
-        for clip in self.clips:
-            digest.update(f"{clip.clip_id}\n".encode())
+        digest.update(repr((recipe.seed, self.batch_size, self.num_windows, self.settings.batch_terms)).encode())
+        digest.update(recipe.table.columns["clip_id_indptr"].data)
+        digest.update(recipe.table.columns["clip_id_bytes"].data)
         return digest.hexdigest()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of steps start_step, start_step + 1, ... of the epoch, built ahead by num_workers threads."""
-        order = self.order(epoch)
-        steps = range(start_step, self.steps_per_epoch)
+        """Batches of steps start_step, start_step + 1, ... of the epoch, built ahead by num_workers processes.
+
+        Raises ValueError when nothing can be read, WorkerError for a worker that died. Only the newest of several
+        iterators may go on.
+        """
         if self.settings.num_workers == 0:
-            for step in steps:
-                yield self._build(epoch, step, order)
+            for step in range(start_step, self.steps_per_epoch):
+                yield self._builder.build(epoch, step)
             return
-        with ThreadPoolExecutor(self.settings.num_workers, thread_name_prefix="loader") as pool:
-            ahead: deque[Future[Batch]] = deque()
-            try:
-                for step in steps:
-                    ahead.append(pool.submit(self._build, epoch, step, order))
-                    if len(ahead) > BATCHES_AHEAD * self.settings.num_workers:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:  # the consumer may stop early, or a batch may fail
-                for future in ahead:
-                    future.cancel()
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The epoch's permutation: int64 [num_items]; items from len(clips) on are windows."""
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
-
-    def item(self, epoch: int, item: int) -> Clip:
-        """The clip of an item of the order."""
-        if item < len(self.clips):
-            return self.clips[item]
-        assert self.windows is not None
-        return self.windows.draw(self.seed, epoch, item - len(self.clips))
-
-    def rank_items(self, epoch: int, step: int, order: np.ndarray) -> list[int]:
-        """The items of this rank in a step, in the permutation's order."""
-        items = [int(item) for item in order[step * self.batch_size : (step + 1) * self.batch_size]]
-        if self.world_size == 1:
-            return items
-        durations = [self.item(epoch, item).duration_s or 0.0 for item in items]
-        longest_first = sorted(range(len(items)), key=lambda position: (-durations[position], position))
-        mine = []
-        for place, position in enumerate(longest_first):
-            turn, within = divmod(place, self.world_size)
-            owner = within if turn % 2 == 0 else self.world_size - 1 - within
-            if owner == self.rank:
-                mine.append(position)
-        return [items[position] for position in sorted(mine)]
-
-    def _terms_groups(self) -> frozenset[int]:
-        """Variant groups of all terms that a batch, or the glossary's bank of negatives, may hold."""
-        terms = {term for clip in self.clips for term in clip.terms}
-        terms |= self.windows.possible_terms() if self.windows else set()
-        terms |= set(self.glossary.terms) if self.glossary else set()
-        terms |= set(self.negatives.terms) if self.negatives else set()
-        return frozenset(group_of(term, self.glossary) for term in terms)
-
-    def _build(self, epoch: int, step: int, order: np.ndarray) -> Batch:
-        items, clips, pcms = [], [], []
-        for item in self.rank_items(epoch, step, order):
-            clip = self.item(epoch, item)
-            pcm_S = self._read(clip, epoch, item)
-            if pcm_S is not None:
-                items.append(item)
-                clips.append(clip)
-                pcms.append(pcm_S)
-        if not clips:
-            item, clip, pcm_S = self._substitute(epoch, step, order)
-            items, clips, pcms = [item], [clip], [pcm_S]
-        return collate(
-            clips,
-            pcms,
-            self._tokenize_alone,
-            self.glossary,
-            [item if item < len(self.clips) else -1 for item in items],
-            self._maskable,
-            [self._mined(item, epoch) for item in items] if self.negatives else None,
-        )
-
-    def _mined(self, item: int, epoch: int) -> list[str]:
-        """Mined negatives of an item; random windows have none."""
-        if self.negatives is None or item >= len(self.clips):
-            return []
-        return self.negatives.draw(item, self.settings.hard_neg_mined, self.seed, epoch)
-
-    def _read(self, clip: Clip, epoch: int, item: int) -> np.ndarray | None:
+        self._iteration += 1
+        mine, num_workers, stop = self._iteration, self.settings.num_workers, self.steps_per_epoch
+        pool = self._workers()
+        tickets: dict[int, int] = {}
+        asked = start_step
         try:
-            pcm_S = self.reader.read(clip.audio_path, clip.start_s, clip.end_s)
-        except AudioError as error:
-            self.drops.add(error.reason, clip.source, f"{clip.audio_path}: {error.detail}")
-            return None
-        if augment.is_on(self.settings):
-            pcm_S = augment.augment(pcm_S, self.settings, augment.generator(self.seed, epoch, item))
-        return pcm_S
+            for step in range(start_step, stop):
+                if asked == step:  # what an earlier iteration left behind may take up the worker's slots
+                    pool.make_room(step % num_workers)
+                while asked < stop and pool.has_room(asked % num_workers):
+                    tickets[asked] = pool.submit(asked % num_workers, {"epoch": epoch, "step": asked})
+                    asked += 1
+                answer, memory, is_scarce = pool.result(step % num_workers, tickets.pop(step))
+                for line in answer["drops"]:
+                    self.drops.add(line["reason"], line["source"], line["detail"])
+                batch = read_batch(memory, answer["layout"])
+                del memory
+                self._next_worker = (step + 1) % num_workers if step + 1 < stop else None
+                if is_scarce:
+                    batch = private_copy(batch)
+                yield batch
+                del batch
+                if mine != self._iteration:
+                    raise RuntimeError("another epoch of this loader was begun: this one cannot go on")
+        except (ValueError, RuntimeError):
+            self.close()
+            raise
 
-    def _substitute(self, epoch: int, step: int, order: np.ndarray) -> tuple[int, Clip, np.ndarray]:
-        begin = (step + 1) * self.batch_size + self.rank
-        for offset in range(MAX_SUBSTITUTES):
-            item = int(order[(begin + offset * self.world_size) % len(order)])
-            clip = self.item(epoch, item)
-            pcm_S = self._read(clip, epoch, item)
-            if pcm_S is not None:
-                logger.warning("epoch %d step %d: no clip could be read, %s stands in", epoch, step, clip.clip_id)
-                return item, clip, pcm_S
-        raise ValueError(
-            f"epoch {epoch} step {step}: no clip of the batch and none of {MAX_SUBSTITUTES} others could be read; "
-            f"{self.drops.summary()}"
-        )
+    def has_next(self) -> bool:
+        """Whether the newest epoch's next batch can be had without waiting."""
+        return self._pool is not None and self._next_worker is not None and self._pool.is_answered(self._next_worker)
 
-    def _tokenize_alone(self, strings: list[str]) -> list[list[int]]:
-        with self._tokenize_lock:
-            return self._tokenize(strings)
+    def close(self) -> None:
+        """End the workers; the next epoch would start new ones. Without it they end with the loader, or the process."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _workers(self) -> WorkerPool:
+        if self._pool is None:
+            assert isinstance(self._tokenize, PortableTokenizer)
+            files = {"recipe": recipe_file(self.recipe)}
+            if self._table_file is not None:
+                files["table"] = self._table_file
+            spec = recipe_spec(self.recipe, self._tokenize.recipe())
+            try:
+                self._pool = WorkerPool(
+                    self.settings.num_workers, "data.building:batch_job", spec, files, pin=self._pin
+                )
+            finally:
+                os.close(files["recipe"])
+        return self._pool
 
 
 def iterate_in_order(

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.batches import spoken_groups
-from data.clips import Clip
+from data.clip import Clip
 from data.glossary import Glossary, group_of
+from data.table import as_listed
 from data.terms import normalise_term
 
 STREAM = 0x6E65  # keeps these draws apart from other random numbers of the same seed
@@ -54,10 +55,10 @@ def match_negatives(
     places = {term: i for i, term in enumerate(dict.fromkeys(term for terms in found.values() for term in terms))}
     groups = [group_of(term, glossary) for term in places]
     maskable = frozenset(groups)
-    names = _unique_names(clip.audio_path for clip in clips)
+    names = _unique_names(clip.audio_path for clip in as_listed(clips))
     indptr, indices = array("q", [0]), array("i")
     num_matched = num_refused = 0
-    for clip in clips:
+    for clip in as_listed(clips):
         name = os.path.basename(clip.audio_path)
         keys = (clip.clip_id, clip.audio_path, name if name in names else "")
         key = next((key for key in keys if key in found), None)

@@ -53,7 +53,7 @@ class InputSettings:
 @dataclass
 class DataSettings(InputSettings):
     train_samples_path: str = "data/xl_term_level_chunks_merged.json"
-    """Training samples (JSON array or JSON Lines), looked for as given and then under data_root."""
+    """Training samples (a samples file or a packed folder), looked for as given and then under data_root."""
     test_samples_path: str = "data/samples/xl/term_level_chunks_500000_1000000.json"
     """Test samples; without dev_samples_path they also steer the learning rate and early stopping."""
     dev_samples_path: str | None = None
@@ -73,9 +73,11 @@ class DataSettings(InputSettings):
     hard_neg_strict: bool = False
     """Refuse a file of mined negatives that is stale, unstamped or of other data, instead of warning."""
     num_workers: int = 2
-    """Threads a process that read audio and build batches ahead; 0 = none."""
+    """Worker processes a training process that read audio and build batches ahead; 0 = none."""
     audio_cache_mb: int = 512
-    """Memory a process for decoded audio files; 0 = decode again each time."""
+    """Memory a training process, shared out among its workers, for decoded audio files; 0 = decode again each time."""
+    batch_terms: Literal["random", "spread", "gather"] = "random"
+    """Which clips meet in a batch: any; as many different terms as can be; or groups of terms that look alike."""
     word_times_path: str | None = None
     """JSON Lines of whole prompts with word times, out of which random windows are drawn."""
     window_fraction: float = 0.0
@@ -92,6 +94,8 @@ class DataSettings(InputSettings):
     """Share of the training clips that get noise added."""
     augment_snr_db: tuple[float, float] = (10.0, 30.0)
     """Lowest and highest signal-to-noise ratio of that noise, in dB."""
+    augment_band: float = 0.0
+    """Share of the training clips whose band is limited as by a telephone or a cheap microphone."""
     augment_gain_db: float = 0.0
     """Largest change of loudness of a training clip, in dB either way."""
 
@@ -106,6 +110,7 @@ class DataSettings(InputSettings):
         _between("window_max_s", self.window_max_s, self.window_min_s, 30.0)
         _between("augment_speed", self.augment_speed, 0.0, 0.5)
         _between("augment_noise", self.augment_noise, 0.0, 1.0)
+        _between("augment_band", self.augment_band, 0.0, 1.0)
         _between("augment_gain_db", self.augment_gain_db, 0.0, 60.0)
         low, high = self.augment_snr_db
         _between("augment_snr_db (lowest)", low, -20.0, 100.0)

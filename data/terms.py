@@ -14,6 +14,7 @@ import unicodedata
 MIN_TERM_CHARS = 3
 MAX_TERM_CHARS = 300
 MAX_DIGIT_SHARE = 0.5
+MAX_SPOKEN_WORDS = 6  # of a term that is looked for in a chunk's text
 
 
 def normalise_term(text: str) -> str:
@@ -53,16 +54,35 @@ def term_key(term: str) -> int:
 
 def variant_form(term: str) -> str:
     """The form that a term shares with its variants: no case, punctuation, hyphens, spaces, possessive or plural."""
-    words = re.split(r"[\s\-‐-―/_]+", normalise_term(term).casefold())
-    stems = (_singular(re.sub(r"['’]s?$", "", word)) for word in words)
-    form = "".join(char for stem in stems for char in stem if char.isalnum())
-    return form or normalise_term(term)
+    normal = normalise_term(term)
+    return "".join(map(_stem, normal.split(" "))) or normal
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _stem(word: str) -> str:
+    """A word's part of the variant form; one that is written with hyphens or slashes counts as several."""
+    words = re.split(r"[\s\-‐-―/_]+", word.casefold())
+    stems = (_singular(re.sub(r"['’]s?$", "", part)) for part in words)
+    return "".join(char for stem in stems for char in stem if char.isalnum())
 
 
 @functools.lru_cache(maxsize=1 << 17)  # the words of chunk texts are asked for again and again
 def variant_group(term: str) -> int:
     """Key shared by spelling variants of a term. Within a group a column is masked, never a negative."""
     return key64(variant_form(term))
+
+
+def run_groups(text: str) -> list[int]:
+    """The variant group of each run of up to MAX_SPOKEN_WORDS words of a text in normal form, in order."""
+    words = text.split()
+    stems = [_stem(word) for word in words]
+    groups = []
+    for first in range(len(words)):
+        form = ""
+        for last in range(first, min(first + MAX_SPOKEN_WORDS, len(words))):
+            form += stems[last]
+            groups.append(key64(form or " ".join(words[first : last + 1])))
+    return groups
 
 
 def _singular(word: str) -> str:

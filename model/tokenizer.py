@@ -21,6 +21,10 @@ class ByteTokenizer:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         return _check_not_empty(texts, [[byte + 1 for byte in text.encode("utf-8")] for text in texts])
 
+    def recipe(self) -> tuple[str, str]:
+        """("module:function", text): the function, called with the text, makes an equal tokenizer in any process."""
+        return "model.tokenizer:byte_tokenizer", ""
+
 
 class AbsentTokenizer:
     """Stands where a model was opened without its text side; calling it raises ValueError."""
@@ -52,6 +56,33 @@ class CheckpointTokenizer:
             return []
         encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
         return _check_not_empty(texts, encoded["input_ids"])
+
+    def recipe(self) -> tuple[str, str]:
+        return "model.tokenizer:FastTokenizer", self._tokenizer.backend_tokenizer.to_str()
+
+
+class FastTokenizer:
+    """What is inside a `CheckpointTokenizer`, from its own JSON: the same ids, and transformers is not imported."""
+
+    def __init__(self, serialised: str) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self._tokenizer = Backend.from_str(serialised)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size = self._tokenizer.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _check_not_empty(texts, [one.ids for one in encoded])
+
+    def recipe(self) -> tuple[str, str]:
+        return "model.tokenizer:FastTokenizer", self._tokenizer.to_str()
+
+
+def byte_tokenizer(text: str) -> ByteTokenizer:
+    assert not text
+    return ByteTokenizer()
 
 
 def _check_not_empty(texts: Sequence[str], ids: list[list[int]]) -> list[list[int]]:

@@ -12,6 +12,7 @@ import soundfile as sf
 from data.clips import Clip, load_clips
 from data.drops import DropLog
 from data.settings import DataSettings
+from tests.data.tokens import ByteCodes
 
 RATE = 16_000
 
@@ -93,7 +94,7 @@ def clip():
 
 @pytest.fixture
 def tokenize():
-    return lambda strings: [list(string.encode("utf-8")) for string in strings]
+    return ByteCodes()
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
+import gc
 import itertools
-import threading
+import os
+import signal
 import time
 
 import numpy as np
@@ -7,9 +9,12 @@ import pytest
 
 from data.drops import DropLog
 from data.loader import Loader, iterate_in_order
+from data.pool import WorkerError
 from data.settings import DataSettings
 from data.terms import variant_group
 from data.windows import Prompt, Windows
+from tests.data.processes import child_processes
+from tests.data.tokens import NoTokens
 
 
 @pytest.fixture
@@ -83,7 +88,7 @@ def test_resuming_in_an_epoch_sees_the_next_batch(loader):
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_threads_change_nothing(loader, settings, num_workers):
+def test_workers_change_nothing(loader, settings, num_workers):
     settings.augment_speed, settings.augment_noise = 0.1, 0.5
     plain = list(loader().epoch(0))
     settings.num_workers = num_workers
@@ -112,33 +117,73 @@ def test_augmentation_differs_between_epochs_but_not_between_ranks(loader, setti
     assert not np.array_equal(samples(1)["c3"], alone["c3"])
 
 
-def test_a_consumer_that_stops_early_leaves_no_thread(loader, settings):
+def test_an_error_while_building_reaches_the_consumer_and_ends_the_workers(clips, settings):
     settings.num_workers = 2
-    batches = loader(batch_size=2).epoch(0)
-    next(batches)
-    batches.close()
-    time.sleep(0.05)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
-
-
-def test_an_error_while_building_reaches_the_consumer(clips, settings):
-    settings.num_workers = 2
-    broken = Loader(clips, 4, lambda strings: [[] for _ in strings], settings)
+    broken = Loader(clips, 4, NoTokens(), settings)
+    batches = broken.epoch(0)
     with pytest.raises(ValueError, match="no token"):
-        list(broken.epoch(0))
+        list(batches)
+    assert not child_processes()
 
 
-def test_tokenizers_are_called_by_one_thread_at_a_time(clips, settings):
-    settings.num_workers = 4
-    busy = threading.Lock()
+def test_a_tokenizer_that_no_worker_could_rebuild_is_refused(clips, settings):
+    settings.num_workers = 2
+    with pytest.raises(ValueError, match="num_workers is 2, but function has no recipe"):
+        Loader(clips, 4, lambda strings: [[1] for _ in strings], settings)
 
-    def tokenize(strings):
-        assert busy.acquire(blocking=False), "two threads at once"
-        time.sleep(0.002)
-        busy.release()
-        return [[1] for _ in strings]
 
-    assert len(list(Loader(clips, 2, tokenize, settings).epoch(0))) == 5
+def test_workers_live_from_epoch_to_epoch_and_end_with_the_loader(loader, settings):
+    settings.num_workers = 2
+    source = loader(batch_size=2)
+    batches = source.epoch(0)
+    first = next(batches)
+    names, samples = first.clip_ids, first.pcm_S.copy()
+    workers = child_processes()
+    assert len(workers) == 2
+    assert ids(source.epoch(0))[0] == names, "a new iteration begins anew, whatever was asked for before"
+    with pytest.raises(RuntimeError, match="another epoch of this loader was begun"):
+        next(batches)
+    np.testing.assert_array_equal(first.pcm_S, samples)
+    del batches, source
+    gc.collect()
+    assert not child_processes()
+    np.testing.assert_array_equal(first.pcm_S, samples), "what was handed out stays good"
+
+
+def test_a_batch_keeps_its_memory_until_it_is_dropped(loader, settings):
+    """Fewer slots than batches: those that the caller keeps must not be written over."""
+    plain = list(loader(batch_size=2).epoch(0))
+    settings.num_workers = 1
+    source = loader(batch_size=2)
+    kept = list(source.epoch(0))
+    for expected, batch in zip(plain, kept, strict=True):
+        np.testing.assert_array_equal(batch.pcm_S, expected.pcm_S)
+    assert kept[0].pcm_S.base is not None, "a view of the slot"
+    assert kept[-1].pcm_S.base is None, "a copy, since the slots were taken"
+
+
+def test_a_killed_worker_is_named_at_once(loader, clips, settings):
+    settings.num_workers = 2
+    batches = loader(batch_size=2, clips=clips * 20).epoch(0)  # far more than is built ahead
+    next(batches)
+    victim = min(child_processes())
+    os.kill(victim, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"worker 0 \(process {victim}\) was killed by SIGKILL"):
+        list(batches)
+    assert time.monotonic() - started < 5
+    assert not child_processes()
+
+
+def test_audio_that_fails_in_a_worker_is_counted_and_logged_here(loader, settings, tmp_path, caplog):
+    settings.num_workers = 2
+    bad = ids(loader(batch_size=2, rank=0, world_size=2).epoch(0))[0]
+    (tmp_path / f"{bad[0][1:]}.wav").unlink()
+    drops = DropLog()
+    first = next(loader(batch_size=2, rank=0, world_size=2, drops=drops).epoch(0))
+    assert first.num_clips == 1
+    assert drops.counts == {"missing": 1}
+    assert "stands in" in caplog.text
 
 
 # ---------------------------------------------------------------- audio that fails

@@ -10,8 +10,8 @@ from data.reader import AudioReader
 @pytest.fixture
 def decodes(monkeypatch):
     seen = []
-    real = data.reader.decode_whole
-    monkeypatch.setattr(data.reader, "decode_whole", lambda path, info: (seen.append(path), real(path, info))[1])
+    real = data.reader.decode_for
+    monkeypatch.setattr(data.reader, "decode_for", lambda path, *span: (seen.append(path), real(path, *span))[1])
     return seen
 
 

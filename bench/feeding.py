@@ -1,0 +1,132 @@
+"""Does the GPU wait for data? Batches fed to the device alone, and beside the real training step.
+
+    python bench/random_checkpoint.py /tmp/qwen2-audio --tokenizer DIR
+    python bench/feeding.py --checkpoint /tmp/qwen2-audio --num_clips 20000 --batch_size 256 --num_workers 4
+
+Alone: every batch is copied to the device and waited for, nothing is computed. Beside the step: bin/train.py under
+torchrun on the packed clips, whose `data/wait_ms` of each step is read back; the first step of an epoch starts the
+loader anew and is left out. Without --checkpoint only the first part is run, on whatever device there is.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ != "bench":  # run as a file: the root goes first on sys.path, and bench/ comes off it
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from bench.clip_set import SPEECH, make_clips
+from bench.training_run import measure
+from bin.feed import feed, pinning
+from data.clips import iterate_clips
+from data.drops import DropLog
+from data.loader import Loader
+from data.packing import pack_clips
+from data.settings import DataSettings
+from data.shards import open_packed
+from model.tokenizer import ByteTokenizer
+
+
+@dataclass
+class FeedBench:
+    """How long the device waits for batches."""
+
+    checkpoint: str | None = None
+    """Model folder to train, as bench/random_checkpoint.py makes one; without it only feeding is measured."""
+    num_clips: int = 4000
+    seconds: float = 2.0
+    """Length of a clip."""
+    batch_size: int = 256
+    num_workers: int = 4
+    steps: int = 300
+    """Training steps."""
+    more: tuple[str, ...] = ()
+    """Further flags of bin/train.py, as one string each: --more=--learn_temperature."""
+
+
+def make_set(folder: Path, count: int, seconds: float, seed: int) -> Path:
+    """A packed folder of `count` clips."""
+    samples = make_clips(folder / f"loose-{seed}", count, seconds, seed=seed)
+    drops = DropLog()
+    pack_clips(iterate_clips(samples, DataSettings(), drops), folder / f"packed-{seed}", drops, num_workers=4)
+    return folder / f"packed-{seed}"
+
+
+def feed_alone(packed: Path, settings: FeedBench, device: torch.device) -> dict[str, float]:
+    """Clips a second on the device with nothing computed, and the waits between batches, in ms."""
+    data = DataSettings(num_workers=settings.num_workers)
+    loader = Loader(open_packed(packed), settings.batch_size, ByteTokenizer(), data, pin=pinning(device))
+    count, waits_ms = 0, []
+    for epoch in range(4):
+        batches = feed(loader, epoch, 0, device)
+        next(batches)  # starts the epoch
+        started = asked = time.perf_counter()
+        for fed in batches:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = time.perf_counter()
+            waits_ms.append((now - asked) * 1e3)
+            asked, count = now, count + fed.batch.num_clips
+        if epoch == 0:  # warms up
+            count, waits_ms, total_s = 0, [], 0.0
+        else:
+            total_s += now - started
+    loader.close()
+    return {"clips_per_s": count / total_s, **shares(waits_ms)}
+
+
+def shares(waits_ms: Sequence[float]) -> dict[str, float]:
+    return {"median_ms": float(np.median(waits_ms)), "p99_ms": float(np.percentile(waits_ms, 99))}
+
+
+def waits(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of a run's records, one a step: waits within epochs, and their share of the time."""
+    steps = [record for record in records if "train/loss" in record]
+    last = steps[-1]
+    steps_per_epoch = max(1, round(last["step"] / last["epoch"]))
+    within = [step for step in steps[1:] if (step["step"] - 1) % steps_per_epoch] or steps[1:] or steps
+    wait_ms = [step["data/wait_ms"] for step in within]
+    step_ms = [step["train/step_ms"] for step in within]
+    clips_per_s = float(np.median([step["train/clips_per_s"] for step in within]))
+    return {"steps": len(within), "clips_per_s": clips_per_s, **shares(wait_ms), "share": sum(wait_ms) / sum(step_ms)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = tyro.cli(FeedBench, args=argv, use_underscores=True, prog="bench/feeding.py")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, {settings.num_workers} workers, batches of {settings.batch_size} clips of {settings.seconds:g} s")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        train = make_set(folder, settings.num_clips, settings.seconds, seed=0)
+        found = feed_alone(train, settings, device)
+        print("feeding alone: {clips_per_s:,.0f} clips/s, wait {median_ms:.2f} ms, p99 {p99_ms:.2f} ms".format(**found))
+        if settings.checkpoint is None:
+            return
+        test = make_set(folder, 64, settings.seconds, seed=1)
+        flags = [
+            *("--train_samples_path", str(train), "--test_samples_path", str(test), "--eval_every", "1000000"),
+            *("--batch_size", str(settings.batch_size), "--num_workers", str(settings.num_workers)),
+            *("--word_times_path", "None", *settings.more),
+        ]
+        run = measure(Path(settings.checkpoint), SPEECH.parent, settings.steps, folder / "runs", flags)
+        lines = (Path(run["run_dir"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        print(
+            "beside training: {steps} steps of {clips_per_s:,.0f} clips/s; data/wait_ms {median_ms:.2f}, "
+            "p99 {p99_ms:.2f}; waiting is {share:.2%} of the time".format(**waits([json.loads(line) for line in lines]))
+        )
+
+
+if __name__ == "__main__":
+    main()

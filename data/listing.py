@@ -1,0 +1,115 @@
+"""The clips that are to be packed, each stretch of audio once and each id once, in a file instead of in memory.
+
+Two passes over what an importer yields. The first writes each clip as a line of JSON and keeps two 64-bit keys of it,
+of its audio (path and span) and of its id. Sorting the keys shows what was listed more than once, and the second pass
+joins those and writes the final lines. Two million clips take some 100 MB of memory, however long their texts are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data.clip import Clip, joined
+from data.columns import Spool
+from data.drops import DropLog
+from data.terms import key64
+
+FIELDS = tuple(field.name for field in fields(Clip))
+
+
+def write_listing(clips: Iterable[Clip], path: Path, drops: DropLog) -> tuple[int, str]:
+    """(number of clips, SHA-256 of the listing). What was listed twice is joined as `load_clips` does, and noted."""
+    with tempfile.TemporaryFile(dir=path.parent) as lines:
+        offsets, audio_keys, id_keys = (Spool(np.int64, path.parent) for _ in range(3))
+        for clip in clips:
+            offsets.append(lines.tell())
+            audio_keys.append(key64(json.dumps([clip.audio_path, clip.start_s, clip.end_s])))
+            id_keys.append(key64(clip.clip_id))
+            lines.write(to_line(clip))
+        return _join(lines, offsets.read(), audio_keys.read(), id_keys.read(), path, drops)
+
+
+def _join(
+    lines: BinaryIO,
+    offsets_C: np.ndarray,
+    audio_keys_C: np.ndarray,
+    id_keys_C: np.ndarray,
+    path: Path,
+    drops: DropLog,
+) -> tuple[int, str]:
+    # Rows of one audio lie side by side in `by_audio`, in file order.
+    by_audio = np.argsort(audio_keys_C, kind="stable")
+    ordered = audio_keys_C[by_audio]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
+    num_rows = np.diff(np.r_[starts, len(ordered)])
+    del ordered
+    firsts = by_audio[starts]
+    numbers = _Numbers(id_keys_C[firsts])
+    digest = hashlib.sha256()
+    with open(path, "wb") as out:
+        for group in np.argsort(firsts, kind="stable"):  # in file order; not as a list, which would be far larger
+            rows = by_audio[starts[group] : starts[group] + num_rows[group]]
+            clip = _clip_at(lines, int(offsets_C[rows[0]]))
+            for row in rows[1:].tolist():
+                clip = joined(clip, _clip_at(lines, int(offsets_C[row])), drops)
+            line = to_line(numbers.unique(clip, drops))
+            digest.update(line)
+            out.write(line)
+    return len(firsts), digest.hexdigest()
+
+
+class _Numbers:
+    """Gives the second and later clips of one id a number, as `load_clips` does."""
+
+    def __init__(self, keys_C: np.ndarray) -> None:
+        self.keys_K, self.num_clips_K = np.unique(keys_C, return_counts=True)
+        self.num_given_K = np.zeros(len(self.keys_K), dtype=np.int32)
+
+    def unique(self, clip: Clip, drops: DropLog) -> Clip:
+        place = self._place(clip.clip_id)
+        assert place is not None, clip.clip_id
+        if self.num_clips_K[place] == 1:
+            return clip
+        self.num_given_K[place] += 1
+        if self.num_given_K[place] == 1:
+            return clip
+        while self._place(name := f"{clip.clip_id}#{self.num_given_K[place]}") is not None:
+            self.num_given_K[place] += 1
+        drops.note("repeated_id", clip.source, f"{clip.clip_id!r} again, with other audio; kept as {name!r}")
+        return replace(clip, clip_id=name)
+
+    def _place(self, name: str) -> int | None:
+        """Where the id stands among those of the clips."""
+        key = key64(name)
+        place = int(np.searchsorted(self.keys_K, key))
+        return place if place < len(self.keys_K) and int(self.keys_K[place]) == key else None
+
+
+def to_line(clip: Clip) -> bytes:
+    return json.dumps([getattr(clip, field) for field in FIELDS], ensure_ascii=False).encode() + b"\n"
+
+
+def of_line(line: bytes) -> Clip:
+    values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in json.loads(line)]
+    return Clip(*values)
+
+
+def _clip_at(lines: BinaryIO, offset: int) -> Clip:
+    lines.seek(offset)
+    return of_line(lines.readline())
+
+
+def read_listing(path: Path, every: int = 1) -> Iterator[Clip]:
+    """The final clips, in order; with `every` only each so manyth."""
+    with open(path, "rb") as file:
+        for line in itertools.islice(file, 0, None, every):
+            yield of_line(line)
