@@ -1,19 +1,22 @@
 """The one attention call site: softmax attention over packed sequences, on the best kernel that is there.
 
-Shapes: P packed tokens, H query heads, K key/value heads, D head size, B sequences, L longest length.
+Shapes: P packed tokens, H query heads, K key/value heads, D head size, J = (H + 2 K) D, B sequences, L longest length.
 """
 
 import importlib
 import inspect
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.packing import DenseGroup, SequenceLayout
+from model.rotary import Rotary
 
 
 def _find(module: str, name: str) -> Any:
@@ -33,20 +36,69 @@ _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if var
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def packed_attention(
-    q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor, layout: SequenceLayout, causal: bool, backend: str = "auto"
-) -> Tensor:
-    """Attention within each sequence of the pack, scaled by D ** -0.5; returns [P, H, D].
+@dataclass(frozen=True)
+class Heads:
+    """How a row of the joined projection divides: H query heads, then K key heads, then K value heads, D wide each."""
 
-    K may divide H (grouped queries: Ainslie et al. 2023). Raises ValueError for a backend that cannot run here.
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def split(self, qkv_PJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q_PHD, k_PKD, v_PKD of the joined rows."""
+        kv_width = self.num_kv_heads * self.head_dim
+        parts = qkv_PJ.split((self.num_heads * self.head_dim, kv_width, kv_width), dim=1)
+        q_PHD, k_PKD, v_PKD = (part.unflatten(1, (-1, self.head_dim)) for part in parts)
+        return q_PHD, k_PKD, v_PKD
+
+
+class Projections(Protocol):
+    """What an attention module offers: three projections, and a place for one that does their joint work."""
+
+    joint_projection: Callable[[Tensor], Tensor] | None
+
+    @property
+    def q_proj(self) -> nn.Module: ...
+
+    @property
+    def k_proj(self) -> nn.Module: ...
+
+    @property
+    def v_proj(self) -> nn.Module: ...
+
+
+def project(module: Projections, x_PD: Tensor) -> Tensor:
+    """qkv_PJ: what the three projections give, side by side."""
+    if module.joint_projection is not None:
+        return module.joint_projection(x_PD)
+    return torch.cat([part(x_PD) for part in (module.q_proj, module.k_proj, module.v_proj)], dim=1)
+
+
+def packed_attention(
+    qkv_PJ: Tensor,
+    heads: Heads,
+    layout: SequenceLayout,
+    causal: bool,
+    rotary: Rotary | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention within each sequence of the pack, scaled by D ** -0.5; returns [P, H * D].
+
+    `rotary` turns queries and keys first. K may divide H (grouped queries: Ainslie et al. 2023). Raises ValueError for
+    a backend that cannot run here.
     """
-    backend = resolve_backend(backend, q_PHD.device, q_PHD.dtype, q_PHD.shape[-1])
+    backend = resolve_backend(backend, qkv_PJ.device, qkv_PJ.dtype, heads.head_dim)
+    q_PHD, k_PKD, v_PKD = heads.split(qkv_PJ)
+    if rotary is not None:
+        q_PHD, k_PKD = rotary.turn(q_PHD, layout), rotary.turn(k_PKD, layout)
     if backend == "flash":
         cu, longest = layout.cu_seqlens, layout.max_len
-        return flash_attn_varlen_func(q_PHD, k_PKD, v_PKD, cu, cu, longest, longest, causal=causal)
-    if backend == "varlen":
-        return _varlen(q_PHD, k_PKD, v_PKD, layout, causal)
-    return _sdpa(q_PHD, k_PKD, v_PKD, layout, causal)
+        out_PHD = flash_attn_varlen_func(q_PHD, k_PKD, v_PKD, cu, cu, longest, longest, causal=causal)
+    elif backend == "varlen":
+        out_PHD = _varlen(q_PHD, k_PKD, v_PKD, layout, causal)
+    else:
+        out_PHD = _sdpa(q_PHD, k_PKD, v_PKD, layout, causal)
+    return out_PHD.flatten(1)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ keeps exact.
 Shapes: T mel frame slots, P packed tokens, Q packed tokens after pooling, D hidden, H heads, M mels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import packed_attention
+from model.attention import Heads, packed_attention, project
 from model.norms import LayerNorm, stream_dtype
 from model.packing import AudioLayout, SequenceLayout
 
@@ -101,19 +101,17 @@ class AudioAttention(nn.Module):
 
     def __init__(self, config: AudioConfig, attention: str) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
+        self.heads = Heads(config.num_heads, config.num_heads, config.d_model // config.num_heads)
         self.attention = attention
+        self.joint_projection: Callable[[Tensor], Tensor] | None = None
         self.q_proj = nn.Linear(config.d_model, config.d_model)
         self.k_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, x_PD: Tensor, layout: SequenceLayout) -> Tensor:
-        q_PHD, k_PHD, v_PHD = (
-            proj(x_PD).unflatten(1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out_PHD = packed_attention(q_PHD, k_PHD, v_PHD, layout, causal=False, backend=self.attention)
-        return self.out_proj(out_PHD.flatten(1))
+        out_PD = packed_attention(project(self, x_PD), self.heads, layout, causal=False, backend=self.attention)
+        return self.out_proj(out_PD)
 
 
 class AudioLayer(nn.Module):
@@ -128,11 +126,13 @@ class AudioLayer(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
         self.final_layer_norm = LayerNorm(config.d_model)
 
-    def forward(self, x_PD: Tensor, layout: SequenceLayout) -> Tensor:
-        attended_PD = self.self_attn(self.self_attn_layer_norm(x_PD), layout)
-        x_PD = x_PD + F.dropout(attended_PD, self.dropout, self.training)
-        expanded_PD = self.fc2(F.gelu(self.fc1(self.final_layer_norm(x_PD))))
-        return x_PD + F.dropout(expanded_PD, self.dropout, self.training)
+    def forward(self, x_PD: Tensor, delta_PD: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it, before and after: the sum meets the next norm."""
+        x_PD, y_PD = self.self_attn_layer_norm.add(x_PD, delta_PD)
+        attended_PD = F.dropout(self.self_attn(y_PD, layout), self.dropout, self.training)
+        x_PD, y_PD = self.final_layer_norm.add(x_PD, attended_PD)
+        expanded_PD = self.fc2(F.gelu(self.fc1(y_PD)))
+        return x_PD, F.dropout(expanded_PD, self.dropout, self.training)
 
 
 class AudioTower(nn.Module):
@@ -143,7 +143,8 @@ class AudioTower(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = checkpointing
+        self.num_checkpointed = config.num_layers if checkpointing else 0
+        """Layers, from the first, that are computed again in the backward pass instead of kept."""
         self.conv1 = nn.Conv1d(config.num_mels, config.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(config.max_positions, config.d_model)
@@ -157,12 +158,14 @@ class AudioTower(nn.Module):
     def forward(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
         """Return x_QD in the compute dtype, tokens as in `layout.pooled`; `mel_TM` is zero in the gaps."""
         x_PD = self._embed(mel_TM.to(stream_dtype(self.conv1.weight)), layout)
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+        delta_PD = None
+        for i, layer in enumerate(self.layers):
+            if i < self.num_checkpointed and torch.is_grad_enabled():
                 # Reentrant checkpointing would give no gradient at all behind a frozen input.
-                x_PD = checkpoint(layer, x_PD, layout.tokens, use_reentrant=False)
+                x_PD, delta_PD = checkpoint(layer, x_PD, delta_PD, layout.tokens, use_reentrant=False)
             else:
-                x_PD = layer(x_PD, layout.tokens)
+                x_PD, delta_PD = layer(x_PD, delta_PD, layout.tokens)
+        x_PD = x_PD if delta_PD is None else x_PD + delta_PD
         if self.config.pool == 2:
             x_PD = (x_PD[layout.pool_first_Q] + x_PD[layout.pool_second_Q]) / 2  # tokens P -> Q
         return self.layer_norm(x_PD)

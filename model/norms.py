@@ -20,6 +20,11 @@ def stream_dtype(weight: Tensor) -> torch.dtype:
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm in the dtype of its input, statistics in fp32 (fp64 for fp64). Ba et al. 2016."""
 
+    def add(self, x_PD: Tensor, delta_PD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + delta, norm of that); delta None is zero: what a residual branch gave meets the next one's input."""
+        x_PD = x_PD if delta_PD is None else x_PD + delta_PD
+        return x_PD, self(x_PD)
+
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         with torch.autocast(input.device.type, enabled=False):
@@ -33,6 +38,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def add(self, x_PD: Tensor, delta_PD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + delta, norm of that); delta None is zero."""
+        x_PD = x_PD if delta_PD is None else x_PD + delta_PD
+        return x_PD, self(x_PD)
 
     def forward(self, x_PD: Tensor) -> Tensor:
         with torch.autocast(x_PD.device.type, enabled=False):

@@ -6,7 +6,7 @@ al. 2021), grouped queries, SwiGLU.
 Shapes: P packed tokens, D hidden, H query heads, K key/value heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import packed_attention
+from model.attention import Heads, packed_attention, project
 from model.norms import RMSNorm, stream_dtype
 from model.packing import SequenceLayout, TextPack
+from model.rotary import Rotary
 
 # Left out by the published config.json of Qwen2-Audio, which relies on transformers' defaults.
 _DEFAULTS = {
@@ -115,21 +116,18 @@ class TextAttention(nn.Module):
 
     def __init__(self, config: TextConfig, attention: str) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self.attention = attention
+        self.joint_projection: Callable[[Tensor], Tensor] | None = None
         width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width)
         self.k_proj = nn.Linear(config.hidden_size, kv_width)
         self.v_proj = nn.Linear(config.hidden_size, kv_width)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x_PD: Tensor, cos_P1D: Tensor, sin_P1D: Tensor, layout: SequenceLayout) -> Tensor:
-        q_PHD, k_PKD, v_PKD = (
-            proj(x_PD).unflatten(1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_PHD, k_PKD = _rotate(q_PHD, cos_P1D, sin_P1D), _rotate(k_PKD, cos_P1D, sin_P1D)
-        out_PHD = packed_attention(q_PHD, k_PKD, v_PKD, layout, causal=True, backend=self.attention)
-        return self.o_proj(out_PHD.flatten(1))
+    def forward(self, x_PD: Tensor, rotary: Rotary, layout: SequenceLayout) -> Tensor:
+        out_PD = packed_attention(project(self, x_PD), self.heads, layout, True, rotary, self.attention)
+        return self.o_proj(out_PD)
 
 
 class GatedMlp(nn.Module):
@@ -156,11 +154,14 @@ class TextLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_PD: Tensor, cos_P1D: Tensor, sin_P1D: Tensor, layout: SequenceLayout) -> Tensor:
-        attended_PD = self.self_attn(self.input_layernorm(x_PD), cos_P1D, sin_P1D, layout)
-        x_PD = x_PD + F.dropout(attended_PD, self.dropout, self.training)
-        expanded_PD = self.mlp(self.post_attention_layernorm(x_PD))
-        return x_PD + F.dropout(expanded_PD, self.dropout, self.training)
+    def forward(
+        self, x_PD: Tensor, delta_PD: Tensor | None, rotary: Rotary, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it, before and after: the sum meets the next norm."""
+        x_PD, y_PD = self.input_layernorm.add(x_PD, delta_PD)
+        attended_PD = F.dropout(self.self_attn(y_PD, rotary, layout), self.dropout, self.training)
+        x_PD, y_PD = self.post_attention_layernorm.add(x_PD, attended_PD)
+        return x_PD, F.dropout(self.mlp(y_PD), self.dropout, self.training)
 
 
 class TextTower(nn.Module):
@@ -171,7 +172,8 @@ class TextTower(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.checkpointing = checkpointing
+        self.num_checkpointed = config.num_layers if checkpointing else 0
+        """Layers, from the first, that are computed again in the backward pass instead of kept."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config, attention, dropout) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -187,25 +189,14 @@ class TextTower(nn.Module):
         if layout.max_len > self.config.max_positions:
             limit = self.config.max_positions
             raise ValueError(f"lengths: the longest is {layout.max_len} tokens, the text tower takes {limit}")
-        cos_P1D, sin_P1D = self._rotary(layout, x_PD.dtype)
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+        rotary = Rotary.build(
+            self.config.rope_theta, self.config.head_dim, layout.max_len, x_PD.dtype, layout.place_P.device
+        )
+        delta_PD = None
+        for i, layer in enumerate(self.layers):
+            if i < self.num_checkpointed and torch.is_grad_enabled():
                 # Reentrant checkpointing would give no gradient at all behind a frozen input.
-                x_PD = checkpoint(layer, x_PD, cos_P1D, sin_P1D, layout, use_reentrant=False)
+                x_PD, delta_PD = checkpoint(layer, x_PD, delta_PD, rotary, layout, use_reentrant=False)
             else:
-                x_PD = layer(x_PD, cos_P1D, sin_P1D, layout)
-        return self.norm(x_PD)
-
-    def _rotary(self, layout: SequenceLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each token's angles [P, 1, head_dim]; angles in fp32 (fp64 in fp64), then `dtype`."""
-        wide = torch.promote_types(dtype, torch.float32)
-        half = torch.arange(0, self.config.head_dim, 2, device=layout.place_P.device).to(wide)
-        frequencies = self.config.rope_theta ** (-half / self.config.head_dim)
-        angles_LD = torch.outer(torch.arange(layout.max_len, device=half.device).to(wide), frequencies).repeat(1, 2)
-        cos_LD, sin_LD = angles_LD.cos().to(dtype), angles_LD.sin().to(dtype)
-        return cos_LD[layout.place_P][:, None], sin_LD[layout.place_P][:, None]
-
-
-def _rotate(x_PHD: Tensor, cos_P1D: Tensor, sin_P1D: Tensor) -> Tensor:
-    first, second = x_PHD.chunk(2, dim=-1)
-    return x_PHD * cos_P1D + torch.cat((-second, first), dim=-1) * sin_P1D
+                x_PD, delta_PD = layer(x_PD, delta_PD, rotary, layout)
+        return self.norm.add(x_PD, delta_PD)[1]

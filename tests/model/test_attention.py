@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import attention
-from model.attention import packed_attention, resolve_backend
+from model.attention import Heads, packed_attention, resolve_backend
 from model.packing import SequenceLayout
 
 
@@ -23,6 +23,13 @@ def reference(q_PHD, k_PKD, v_PKD, lengths, causal):
     return torch.cat(out)
 
 
+def attend(q_PHD, k_PKD, v_PKD, layout, causal, backend="auto"):
+    """The call site, from the three parts side by side."""
+    qkv_PJ = torch.cat([x.flatten(1) for x in (q_PHD, k_PKD, v_PKD)], dim=1)
+    heads = Heads(q_PHD.shape[1], k_PKD.shape[1], q_PHD.shape[2])
+    return packed_attention(qkv_PJ, heads, layout, causal, backend=backend).unflatten(1, (-1, heads.head_dim))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("lengths", [[7, 1, 12, 3], [5, 5, 5], [1], [9, 8], [2, 60, 1, 3, 4, 4, 25, 2]])
@@ -30,7 +37,7 @@ def test_sdpa_equals_the_formula_in_values_and_gradients(lengths, kv_heads, caus
     shapes = [(sum(lengths), heads, 6) for heads in (4, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     layout = SequenceLayout.build(lengths, "cpu")
-    ours, theirs = packed_attention(*inputs, layout, causal), reference(*inputs, lengths, causal)
+    ours, theirs = attend(*inputs, layout, causal), reference(*inputs, lengths, causal)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(ours)
     for a, b in zip(
@@ -108,7 +115,7 @@ def test_kernels_agree_on_the_gpu(backend, kv_heads, causal):
     weights = torch.randn_like(exact)
     exact_grads = torch.autograd.grad((exact * weights).sum(), wide)
     for name in (backend, "sdpa"):
-        ours = packed_attention(*inputs, layout, causal, name)
+        ours = attend(*inputs, layout, causal, name)
         torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=2e-2)
         grads = torch.autograd.grad((ours * weights.to(ours.dtype)).sum(), inputs)
         for a, b in zip(grads, exact_grads, strict=True):

@@ -67,9 +67,9 @@ def test_autocast_is_opened_by_the_model_itself(architecture_files, make_pack, t
     settings = ModelSettings(audio_model=architecture_files[0], text_model=architecture_files[1], trainable="full")
     model = build_model(settings, "cpu", torch.bfloat16).model.train()
     seen = []
-    model.language_model.layers[0].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    model.language_model.layers[0].register_forward_hook(lambda _, __, out: seen.extend(part.dtype for part in out))
     text_NE = model.encode_text(text_pack)
-    assert seen == [torch.bfloat16]
+    assert seen == [torch.bfloat16] * 2
     assert text_NE.dtype == torch.float32
     torch.testing.assert_close(text_NE.norm(dim=-1), torch.ones(3))
     (text_NE.sum() + model.encode_audio(make_pack([0.1])).sum()).backward()

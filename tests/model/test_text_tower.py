@@ -92,11 +92,11 @@ def test_bf16_stays_bf16_in_the_stream_and_close_to_fp32(write_qwen2_audio, text
     model = build_model(ModelSettings(model_name=str(write_qwen2_audio("v4"))), "cpu", torch.float32).model
     seen = []
     for layer in model.language_model.layers:
-        layer.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+        layer.register_forward_hook(lambda _, __, out: seen.extend(part.dtype for part in out))
     exact = model.encode_text(text_pack)
     model.compute_dtype = torch.bfloat16
     autocast = model.encode_text(text_pack)
-    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert seen == [torch.float32] * 4 + [torch.bfloat16] * 4
     assert autocast.dtype == torch.float32
     torch.testing.assert_close(autocast, exact, rtol=0, atol=0.03)
 
