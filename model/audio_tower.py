@@ -17,9 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.activations import gelu
 from model.attention import Heads, packed_attention, project
+from model.convolutions import embed_frames
+from model.kernels import uses_triton
 from model.norms import LayerNorm, stream_dtype
 from model.packing import AudioLayout, SequenceLayout
+from model.saved import remade
 
 # Left out by the published config.json of Qwen2-Audio, which relies on transformers' defaults.
 _DEFAULTS = {
@@ -109,29 +113,38 @@ class AudioAttention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x_PD: Tensor, layout: SequenceLayout) -> Tensor:
-        out_PD = packed_attention(project(self, x_PD), self.heads, layout, causal=False, backend=self.attention)
-        return self.out_proj(out_PD)
+    def forward(self, x_PD: Tensor, layout: SequenceLayout, remake: Callable[[], Tensor] | None = None) -> Tensor:
+        """`remake` gives x_PD anew, so that the projections need not keep it."""
+        with remade(x_PD, remake):
+            qkv_PJ = project(self, x_PD)
+        return self.out_proj(packed_attention(qkv_PJ, self.heads, layout, causal=False, backend=self.attention))
 
 
 class AudioLayer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: AudioConfig, attention: str, dropout: float) -> None:
+    def __init__(self, config: AudioConfig, attention: str, dropout: float, kernels: str) -> None:
         super().__init__()
         self.dropout = dropout
+        self.kernels = kernels
         self.self_attn = AudioAttention(config, attention)
-        self.self_attn_layer_norm = LayerNorm(config.d_model)
+        self.self_attn_layer_norm = LayerNorm(config.d_model, kernels)
         self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
         self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
-        self.final_layer_norm = LayerNorm(config.d_model)
+        self.final_layer_norm = LayerNorm(config.d_model, kernels)
 
-    def forward(self, x_PD: Tensor, delta_PD: Tensor | None, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """The residual stream and what is still to be added to it, before and after: the sum meets the next norm."""
+    def forward(
+        self, x_PD: Tensor, delta_PD: Tensor | None, layout: SequenceLayout, remakes: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and what is still to be added to it, before and after: the sum meets the next norm.
+
+        `remakes`: the first norm's result is made again from the stream in the backward pass instead of kept.
+        """
         x_PD, y_PD = self.self_attn_layer_norm.add(x_PD, delta_PD)
-        attended_PD = F.dropout(self.self_attn(y_PD, layout), self.dropout, self.training)
+        remake = self.self_attn_layer_norm.remaking(x_PD) if remakes else None
+        attended_PD = F.dropout(self.self_attn(y_PD, layout, remake), self.dropout, self.training)
         x_PD, y_PD = self.final_layer_norm.add(x_PD, attended_PD)
-        expanded_PD = self.fc2(F.gelu(self.fc1(y_PD)))
+        expanded_PD = self.fc2(gelu(self.fc1(y_PD), self.kernels))
         return x_PD, F.dropout(expanded_PD, self.dropout, self.training)
 
 
@@ -139,17 +152,23 @@ class AudioTower(nn.Module):
     """Mel slots in, one vector a (pooled) token out."""
 
     def __init__(
-        self, config: AudioConfig, attention: str = "auto", checkpointing: bool = False, dropout: float = 0.0
+        self,
+        config: AudioConfig,
+        attention: str = "auto",
+        checkpointing: bool = False,
+        dropout: float = 0.0,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.num_checkpointed = config.num_layers if checkpointing else 0
         """Layers, from the first, that are computed again in the backward pass instead of kept."""
         self.conv1 = nn.Conv1d(config.num_mels, config.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(config.max_positions, config.d_model)
-        self.layers = nn.ModuleList(AudioLayer(config, attention, dropout) for _ in range(config.num_layers))
-        self.layer_norm = LayerNorm(config.d_model)
+        self.layers = nn.ModuleList(AudioLayer(config, attention, dropout, kernels) for _ in range(config.num_layers))
+        self.layer_norm = LayerNorm(config.d_model, kernels)
 
     def layout(self, num_samples: list[int], device: torch.device | str) -> AudioLayout:
         """Index tables for clips of these lengths; ValueError for one that is empty or beyond the tower's reach."""
@@ -157,23 +176,16 @@ class AudioTower(nn.Module):
 
     def forward(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
         """Return x_QD in the compute dtype, tokens as in `layout.pooled`; `mel_TM` is zero in the gaps."""
-        x_PD = self._embed(mel_TM.to(stream_dtype(self.conv1.weight)), layout)
-        delta_PD = None
+        mel_TM = mel_TM.to(stream_dtype(self.conv1.weight))
+        x_PD = embed_frames(mel_TM, layout, self.conv1, self.conv2, self.embed_positions, self.kernels)
+        delta_PD, remakes = None, uses_triton(self.kernels, x_PD)
         for i, layer in enumerate(self.layers):
             if i < self.num_checkpointed and torch.is_grad_enabled():
                 # Reentrant checkpointing would give no gradient at all behind a frozen input.
                 x_PD, delta_PD = checkpoint(layer, x_PD, delta_PD, layout.tokens, use_reentrant=False)
             else:
-                x_PD, delta_PD = layer(x_PD, delta_PD, layout.tokens)
-        x_PD = x_PD if delta_PD is None else x_PD + delta_PD
+                x_PD, delta_PD = layer(x_PD, delta_PD, layout.tokens, remakes)
         if self.config.pool == 2:
-            x_PD = (x_PD[layout.pool_first_Q] + x_PD[layout.pool_second_Q]) / 2  # tokens P -> Q
-        return self.layer_norm(x_PD)
-
-    def _embed(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
-        h_1DT = F.gelu(self.conv1(mel_TM.T[None]))
-        # The second convolution pads each clip with zeros, not with what the first one makes of the gap.
-        h_1DT = h_1DT.masked_fill(~layout.is_kept_T, 0.0)
-        h_1DT = F.gelu(self.conv2(h_1DT))  # T slots -> T / 2
-        x_PD = h_1DT[0].T[layout.token_slot_P]
-        return x_PD + self.embed_positions(layout.tokens.place_P).to(x_PD.dtype)
+            assert delta_PD is not None, "a tower without layers"
+            return self.layer_norm.add_pairs(x_PD, delta_PD, layout.pool_first_Q, layout.pool_second_Q)  # P -> Q
+        return self.layer_norm.add(x_PD, delta_PD)[1]

@@ -11,10 +11,11 @@ from torch import nn
 from model.audio_tower import AudioConfig
 from model.dual import DualEncoder
 from model.init import init_parameters
+from model.kernels import resolve_kernels
 from model.maxsim import WindowShape
 from model.settings import ModelSettings
 from model.specaugment import SpecAugment
-from model.text_tower import TextConfig
+from model.text_tower import GatedMlp, TextConfig
 from model.tokenizer import AbsentTokenizer, ByteTokenizer, CheckpointTokenizer, Tokenizer
 from model.weights import Source, load_parts, resolve_source
 
@@ -52,6 +53,7 @@ def build_model(
     settings.validate()
     device = torch.device(device)
     base_dtype, compute_dtype = _choose_dtypes(settings, device, compute_dtype)
+    resolve_kernels(settings.kernels, device, compute_dtype)  # what cannot run is told before weights are read
     head_dtype = torch.promote_types(compute_dtype, torch.float32)
     audio_source, text_source = _resolve_sources(settings, with_text=absent_text is None)
     audio_config = AudioConfig.from_hf(audio_source.config, use_defaults=audio_source.folder is not None)
@@ -73,6 +75,7 @@ def build_model(
             compute_dtype=compute_dtype,
             augment_mel=_spec_augment(settings),
             windows=window_shape(settings),
+            kernels=settings.kernels,
         )
     if text_source is None:
         model.remove_text_side()
@@ -105,6 +108,7 @@ def build_model(
     sources["heads"], sources["tokenizer"] = "random", tokenizer_name
 
     _choose_trainable(model, settings, sources)
+    _join_frozen(model, device)
     return Built(model.eval(), tokenizer, audio_config, text_config, sources)
 
 
@@ -180,6 +184,15 @@ def _spec_augment(settings: ModelSettings) -> SpecAugment | None:
         settings.spec_freq_masks,
         settings.spec_freq_width_bins,
     )
+
+
+def _join_frozen(model: DualEncoder, device: torch.device) -> None:
+    """Frozen weights that one product serves, side by side in memory: see GatedMlp."""
+    joinable = [m for m in model.modules() if isinstance(m, GatedMlp) and not m.gate_proj.weight.requires_grad]
+    for module in joinable:
+        module.join()
+    if joinable and device.type == "cuda":
+        torch.cuda.empty_cache()  # the parts' former places, which fit nothing that training will ask for
 
 
 def _choose_trainable(model: DualEncoder, settings: ModelSettings, sources: dict[str, str]) -> None:

@@ -70,14 +70,16 @@ class DualEncoder(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         augment_mel: Callable[[Tensor, AudioLayout], Tensor] | None = None,
         windows: WindowShape | None = None,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         self.windows = windows
         self.compute_dtype = compute_dtype
         self.augment_mel = augment_mel
         self.log_mel = LogMel(audio_config.num_mels)
-        self.audio_tower = AudioTower(audio_config, attention, checkpointing, dropout)
-        self.language_model = TextTower(text_config, attention, checkpointing, dropout)
+        self.audio_tower = AudioTower(audio_config, attention, checkpointing, dropout, kernels)
+        self.language_model = TextTower(text_config, attention, checkpointing, dropout, kernels)
         self.multi_modal_projector: MultiModalProjector | None = None
         audio_width = audio_config.d_model
         if audio_readout == "lm":
@@ -114,7 +116,7 @@ class DualEncoder(nn.Module):
             # The head is linear, so the mean of its outputs is its output for the mean, and there are fewer frames.
             y_QE = self.audio_head(x_QD.to(self.audio_head.weight.dtype))
             window_WE = F.normalize(table.mean(y_QE, starts), dim=-1)
-            audio_BE = F.normalize(layout.mean(y_QE), dim=-1)
+            audio_BE = F.normalize(layout.mean(y_QE, self.kernels), dim=-1)
         return AudioWindows(audio_BE, WindowedClips(window_WE, table.counts), table)
 
     def _audio_frames(self, pack: AudioPack, layout: AudioLayout | None = None) -> tuple[Tensor, SequenceLayout]:
@@ -146,7 +148,7 @@ class DualEncoder(nn.Module):
 
     def _embed(self, x_PD: Tensor, layout: SequenceLayout, head: nn.Linear) -> Tensor:
         with torch.autocast(x_PD.device.type, enabled=False):
-            return F.normalize(head(layout.mean(x_PD).to(head.weight.dtype)), dim=-1)
+            return F.normalize(head(layout.mean(x_PD, self.kernels).to(head.weight.dtype)), dim=-1)
 
     def _autocast(self) -> AbstractContextManager[object]:
         weight = self.audio_tower.layer_norm.weight  # both towers are stored alike

@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from model.kernels import uses_triton
 from model.logmel import HOP, SAMPLE_RATE
 
 TAIL_FRAMES = 2
@@ -139,8 +140,12 @@ class SequenceLayout:
             )
         return groups
 
-    def mean(self, x_PD: Tensor) -> Tensor:
+    def mean(self, x_PD: Tensor, kernels: str = "auto") -> Tensor:
         """Mean over each sequence's tokens, [B, D], accumulated in fp32 (fp64 for fp64 input)."""
+        if uses_triton(kernels, x_PD):
+            from model.mean_kernels import sequence_mean
+
+            return sequence_mean(x_PD, self.cu_seqlens, self.owner_P)
         wide = torch.promote_types(x_PD.dtype, torch.float32)
         sums_BD = x_PD.new_zeros(len(self.lengths), x_PD.shape[1], dtype=wide).index_add(0, self.owner_P, x_PD.to(wide))
         return sums_BD / self.cu_seqlens.diff()[:, None].to(wide)

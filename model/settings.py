@@ -8,6 +8,7 @@ Readout = Literal["mean", "maxsim"]
 Trainable = Literal["lora", "full"]
 BaseDtype = Literal["auto", "bf16", "fp32"]
 AttentionName = Literal["auto", "flash", "varlen", "sdpa"]
+KernelsName = Literal["auto", "triton", "torch"]
 
 
 @dataclass
@@ -36,6 +37,8 @@ class ModelSettings:
     """Storage type of frozen towers; auto: bf16 on CUDA, fp32 on the CPU. `full` always keeps fp32."""
     attention: AttentionName = "auto"
     """Attention kernel; auto takes flash_attn, else torch's varlen, else scaled_dot_product_attention."""
+    kernels: KernelsName = "auto"
+    """Memory-bound steps of the towers as Triton kernels, which keep less for the backward pass; auto takes them on CUDA. torch: plain operations."""  # noqa: E501
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about half as much time again."""
     tower_dropout: float = 0.0
@@ -57,6 +60,7 @@ class ModelSettings:
             "trainable": ("lora", "full"),
             "base_dtype": ("auto", "bf16", "fp32"),
             "attention": ("auto", "flash", "varlen", "sdpa"),
+            "kernels": ("auto", "triton", "torch"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.activations import join_weights, joined_weight, swiglu
 from model.attention import Heads, packed_attention, project
+from model.kernels import uses_triton
 from model.norms import RMSNorm, stream_dtype
 from model.packing import SequenceLayout, TextPack
 from model.rotary import Rotary
+from model.saved import remade
 
 # Left out by the published config.json of Qwen2-Audio, which relies on transformers' defaults.
 _DEFAULTS = {
@@ -125,41 +128,56 @@ class TextAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x_PD: Tensor, rotary: Rotary, layout: SequenceLayout) -> Tensor:
-        out_PD = packed_attention(project(self, x_PD), self.heads, layout, True, rotary, self.attention)
-        return self.o_proj(out_PD)
+    def forward(
+        self, x_PD: Tensor, rotary: Rotary, layout: SequenceLayout, remake: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """`remake` gives x_PD anew, so that the projections need not keep it."""
+        with remade(x_PD, remake):
+            qkv_PJ = project(self, x_PD)
+        return self.o_proj(packed_attention(qkv_PJ, self.heads, layout, True, rotary, self.attention))
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """SwiGLU (Shazeer 2020). Frozen, gate and up are one product once `join` has laid their weights together."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, kernels: str) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def join(self) -> None:
+        join_weights(self.gate_proj, self.up_proj)
+
     def forward(self, x_PD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_PD)) * self.up_proj(x_PD))
+        weight = None if self.kernels == "torch" else joined_weight(self.gate_proj, self.up_proj)
+        if weight is None:
+            return self.down_proj(F.silu(self.gate_proj(x_PD)) * self.up_proj(x_PD))
+        return self.down_proj(swiglu(F.linear(x_PD, weight), self.kernels))
 
 
 class TextLayer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, config: TextConfig, attention: str, dropout: float) -> None:
+    def __init__(self, config: TextConfig, attention: str, dropout: float, kernels: str) -> None:
         super().__init__()
         self.dropout = dropout
         self.self_attn = TextAttention(config, attention)
-        self.mlp = GatedMlp(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(config, kernels)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(
-        self, x_PD: Tensor, delta_PD: Tensor | None, rotary: Rotary, layout: SequenceLayout
+        self, x_PD: Tensor, delta_PD: Tensor | None, rotary: Rotary, layout: SequenceLayout, remakes: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream and what is still to be added to it, before and after: the sum meets the next norm."""
+        """The residual stream and what is still to be added to it, before and after: the sum meets the next norm.
+
+        `remakes`: the first norm's result is made again from the stream in the backward pass instead of kept.
+        """
         x_PD, y_PD = self.input_layernorm.add(x_PD, delta_PD)
-        attended_PD = F.dropout(self.self_attn(y_PD, rotary, layout), self.dropout, self.training)
+        remake = self.input_layernorm.remaking(x_PD) if remakes else None
+        attended_PD = F.dropout(self.self_attn(y_PD, rotary, layout, remake), self.dropout, self.training)
         x_PD, y_PD = self.post_attention_layernorm.add(x_PD, attended_PD)
         return x_PD, F.dropout(self.mlp(y_PD), self.dropout, self.training)
 
@@ -168,15 +186,21 @@ class TextTower(nn.Module):
     """Token ids (or embeddings) in, one vector a token out."""
 
     def __init__(
-        self, config: TextConfig, attention: str = "auto", checkpointing: bool = False, dropout: float = 0.0
+        self,
+        config: TextConfig,
+        attention: str = "auto",
+        checkpointing: bool = False,
+        dropout: float = 0.0,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.num_checkpointed = config.num_layers if checkpointing else 0
         """Layers, from the first, that are computed again in the backward pass instead of kept."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TextLayer(config, attention, dropout) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(TextLayer(config, attention, dropout, kernels) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(self, pack: TextPack, layout: SequenceLayout | None = None) -> Tensor:
         """Return x_PD in the compute dtype; positions restart with each string. Raises as `forward_embeds`."""
@@ -192,11 +216,11 @@ class TextTower(nn.Module):
         rotary = Rotary.build(
             self.config.rope_theta, self.config.head_dim, layout.max_len, x_PD.dtype, layout.place_P.device
         )
-        delta_PD = None
+        delta_PD, remakes = None, uses_triton(self.kernels, x_PD)
         for i, layer in enumerate(self.layers):
             if i < self.num_checkpointed and torch.is_grad_enabled():
                 # Reentrant checkpointing would give no gradient at all behind a frozen input.
                 x_PD, delta_PD = checkpoint(layer, x_PD, delta_PD, rotary, layout, use_reentrant=False)
             else:
-                x_PD, delta_PD = layer(x_PD, delta_PD, rotary, layout)
+                x_PD, delta_PD = layer(x_PD, delta_PD, rotary, layout, remakes)
         return self.norm.add(x_PD, delta_PD)[1]

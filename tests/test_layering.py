@@ -24,7 +24,6 @@ WITHOUT_OWN_TEST = {
     "model/settings.py",
     "lora/settings.py",
     "losses/settings.py",
-    "model/norms.py",  # compared with transformers inside the towers' tests
 }
 
 

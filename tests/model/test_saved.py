@@ -1,0 +1,160 @@
+"""What the graph keeps: a stand-in for one tensor, and, through whole towers, nothing wide but what is listed here."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model.audio_tower
+import model.text_tower
+from model.audio_tower import AudioConfig, AudioTower
+from model.packing import TextPack
+from model.saved import remade
+from model.text_tower import TextConfig, TextTower
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def parts():
+    x = torch.randn(5, 6, requires_grad=True)
+    weights = [torch.randn(4, 6, requires_grad=True) for _ in range(3)]
+    return x, weights
+
+
+def gradients(x, weights, uses_stand_in):
+    made = []
+
+    def remake():
+        made.append(1)
+        return x.detach().sin()
+
+    y = x.sin()
+    with remade(y, remake if uses_stand_in else None):
+        out = sum(F.linear(y, weight).square().sum() for weight in weights)
+    kept = weakref.ref(y)
+    del y
+    gc.collect()
+    assert (kept() is None) == uses_stand_in
+    grads = torch.autograd.grad(out, (x, *weights), retain_graph=True)
+    again = torch.autograd.grad(out, (x, *weights))
+    assert all(map(torch.equal, grads, again))
+    assert len(made) == (2 if uses_stand_in else 0)  # once a backward pass, for three users
+    return grads
+
+
+def test_gradients_are_the_same_and_the_tensor_is_let_go(parts):
+    for ours, kept in zip(gradients(*parts, True), gradients(*parts, False), strict=True):
+        assert torch.equal(ours, kept)
+
+
+def test_other_tensors_are_kept_as_they_are(parts):
+    x, weights = parts
+    y, other = x.sin(), x.cos()
+    with remade(y, lambda: pytest.fail("not this one")):
+        out = F.linear(other, weights[0])
+    torch.autograd.grad(out.sum(), weights[0])
+
+
+def test_nothing_happens_without_gradients(parts):
+    x, weights = parts
+    with torch.no_grad(), remade(x, lambda: pytest.fail("nothing is saved")):
+        assert not F.linear(x, weights[0]).requires_grad
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a trainable low-rank path, whose backward pass wants the input."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features, device=DEVICE))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, device=DEVICE))
+
+    def forward(self, x):
+        return self.base(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+class Storages(TorchDispatchMode):
+    """Every storage that an operation filled with floating-point numbers: what of it is still alive, and its shape."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.given = {StorageWeakRef(parameter.untyped_storage()) for parameter in tower.parameters()}
+        self.shapes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                self.shapes.setdefault(StorageWeakRef(x.untyped_storage()), tuple(x.shape))
+        return out
+
+    def alive(self):
+        return [shape for storage, shape in self.shapes.items() if storage not in self.given and not storage.expired()]
+
+
+def adapt(tower):
+    tower.requires_grad_(False)
+    for layer in tower.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name)))
+    return tower.to(DEVICE).train()
+
+
+def wide_and_kept(tower, run, least):
+    """Shapes of at least this many numbers that a graph keeps alive, parameters and inputs apart, sorted."""
+    with Storages(tower) as storages:
+        out = run()
+    graph = out.grad_fn
+    del out
+    gc.collect()
+    wide = sorted(shape for shape in storages.alive() if math.prod(shape) >= least)
+    assert graph is not None
+    return wide
+
+
+@pytest.fixture
+def bare_attention(monkeypatch):
+    """Stands for the attention kernels, each of which keeps its own: qkv alone here."""
+
+    def attention(qkv_PJ, heads, *_, **__):
+        return qkv_PJ[:, : heads.num_heads * heads.head_dim].sin()
+
+    monkeypatch.setattr(model.audio_tower, "packed_attention", attention)
+    monkeypatch.setattr(model.text_tower, "packed_attention", attention)
+
+
+@pytest.mark.usefixtures("bare_attention")
+@pytest.mark.parametrize("num_checkpointed", [0, 1])
+def test_a_frozen_audio_tower_keeps_two_sums_a_layer_qkv_and_fc1(num_checkpointed):
+    pytest.importorskip("triton", reason="counts what the Triton kernels keep")
+    config = AudioConfig(d_model=40, num_layers=3, num_heads=2, ffn_dim=56, num_mels=8, max_positions=1500, pool=2)
+    tower = adapt(AudioTower(config, kernels="triton"))
+    tower.num_checkpointed = num_checkpointed
+    layout = tower.layout([3200, 1600], DEVICE)
+    mel_TM = torch.randn(len(layout.owner_T), 8, device=DEVICE)
+    kept = wide_and_kept(tower, lambda: tower(mel_TM, layout), 15 * 40)
+    layer = [(15, 40), (15, 40), (15, 120), (15, 56)]
+    # A checkpointed layer keeps what came in: at first the stream alone. What comes after it starts with its delta.
+    expected = [*layer * 3, (7, 40)] if not num_checkpointed else [(15, 40), *layer * 2, (7, 40)]
+    assert kept == sorted(shape for shape in expected if math.prod(shape) >= 15 * 40)
+
+
+@pytest.mark.usefixtures("bare_attention")
+def test_a_frozen_text_tower_keeps_two_sums_a_layer_qkv_and_gate_up():
+    pytest.importorskip("triton", reason="counts what the Triton kernels keep")
+    config = TextConfig(50, 40, 72, 3, 4, 2, 10, 128, 1e4, 1e-6)
+    tower = adapt(TextTower(config, kernels="triton"))
+    for layer in tower.layers:
+        layer.mlp.join()
+    pack = TextPack(torch.arange(12, device=DEVICE), [5, 7])
+    kept = wide_and_kept(tower, lambda: tower(pack), 12 * 40)
+    assert kept == sorted([(12, 40), (12, 40), (12, 80), (12, 144)] * 3 + [(12, 40)])
