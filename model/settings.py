@@ -7,7 +7,7 @@ AudioReadout = Literal["tower", "lm"]
 Readout = Literal["mean", "maxsim"]
 Trainable = Literal["lora", "full"]
 BaseDtype = Literal["auto", "bf16", "fp32"]
-AttentionName = Literal["auto", "flash", "varlen", "sdpa"]
+AttentionName = Literal["auto", "tile", "flash", "varlen", "sdpa"]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class ModelSettings:
     base_dtype: BaseDtype = "auto"
     """Storage type of frozen towers; auto: bf16 on CUDA, fp32 on the CPU. `full` always keeps fp32."""
     attention: AttentionName = "auto"
-    """Attention kernel; auto takes flash_attn, else torch's varlen, else scaled_dot_product_attention."""
+    """Attention kernel; auto takes our tiles for packs of short sequences, else flash_attn, else torch's varlen, else scaled_dot_product_attention."""  # noqa: E501
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about half as much time again."""
     tower_dropout: float = 0.0
@@ -56,7 +56,7 @@ class ModelSettings:
             "readout": ("mean", "maxsim"),
             "trainable": ("lora", "full"),
             "base_dtype": ("auto", "bf16", "fp32"),
-            "attention": ("auto", "flash", "varlen", "sdpa"),
+            "attention": ("auto", "tile", "flash", "varlen", "sdpa"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
