@@ -29,11 +29,15 @@ def _find(module: str, name: str) -> Any:
 
 flash_attn_varlen_func = _find("flash_attn", "flash_attn_varlen_func")
 varlen_attn = _find("torch.nn.attention.varlen", "varlen_attn")
+tile_attention = _find("model.tile_attention", "tile_attention")  # None without Triton
 
 logger = logging.getLogger(__name__)
 
 _VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else frozenset()
 _HALF = (torch.bfloat16, torch.float16)
+BACKENDS = ("auto", "tile", "flash", "varlen", "sdpa")
+SHORT = 256
+"""Longest sequence, in tokens, of a pack that `auto` gives to tiles: beyond it flash attention is faster."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ def packed_attention(
     `rotary` turns queries and keys first. K may divide H (grouped queries: Ainslie et al. 2023). Raises ValueError for
     a backend that cannot run here.
     """
-    backend = resolve_backend(backend, qkv_PJ.device, qkv_PJ.dtype, heads.head_dim)
+    is_short = layout.max_len <= SHORT
+    backend = resolve_backend(backend, qkv_PJ.device, qkv_PJ.dtype, heads.head_dim, is_short)
+    if backend == "tile":
+        return tile_attention(qkv_PJ, heads.num_heads, heads.num_kv_heads, layout, causal, rotary)
     q_PHD, k_PKD, v_PKD = heads.split(qkv_PJ)
     if rotary is not None:
         q_PHD, k_PKD = rotary.turn(q_PHD, layout), rotary.turn(k_PKD, layout)
@@ -102,42 +109,45 @@ def packed_attention(
 
 
 @lru_cache(maxsize=64)
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> str:
-    """`auto` becomes flash, varlen or sdpa (logged once); any other name is returned, or raises if it cannot run."""
-    reasons = {"flash": _why_not_flash(device, dtype, head_dim), "varlen": _why_not_varlen(device, dtype, head_dim)}
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 64, is_short: bool = False
+) -> str:
+    """`auto` becomes tile, flash, varlen or sdpa (logged once); any other name is returned, or raises if it cannot run.
+
+    `is_short`: no sequence is longer than SHORT. Tiles come first for such packs, else after flash and varlen.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention: got {name!r}, allowed are {', '.join(BACKENDS)}")
+    order = ("tile", "flash", "varlen") if is_short else ("flash", "varlen", "tile")
     if name == "auto":
+        reasons = {backend: _why_not(backend, device, dtype, head_dim) for backend in order}
         chosen = next((backend for backend, reason in reasons.items() if reason is None), "sdpa")
         why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items() if reason is not None)
-        logger.info("attention on %s, %s: %s%s", device, dtype, chosen, f" ({why})" if why else "")
+        lengths = f"sequences {'up to' if is_short else 'over'} {SHORT} tokens"
+        logger.info("attention on %s, %s, %s: %s%s", device, dtype, lengths, chosen, f" ({why})" if why else "")
         return chosen
-    if name not in ("flash", "varlen", "sdpa"):
-        raise ValueError(f"attention: got {name!r}, allowed are auto, flash, varlen, sdpa")
-    if reasons.get(name) is not None:
-        raise ValueError(f"attention: got {name!r}, which cannot run here: {reasons[name]}; use auto or sdpa")
+    reason = None if name == "sdpa" else _why_not(name, device, dtype, head_dim)
+    if reason is not None:
+        raise ValueError(f"attention: got {name!r}, which cannot run here: {reason}; use auto or sdpa")
     return name
 
 
-def _why_not_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if flash_attn_varlen_func is None:
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if backend == "tile" and tile_attention is None:
+        return "triton is not installed"
+    if backend == "flash" and flash_attn_varlen_func is None:
         return "flash_attn is not installed"
-    return _why_not_kernel(device, dtype, head_dim)
-
-
-def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if varlen_attn is None:
+    if backend == "varlen" and varlen_attn is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    return _why_not_kernel(device, dtype, head_dim)
-
-
-def _why_not_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
     if dtype not in _HALF:
         return f"needs bf16 or fp16, not {dtype}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs an Ampere GPU or later"
-    if head_dim % 8 or head_dim > 256:
-        return f"needs a head size that is a multiple of 8, at most 256, not {head_dim}"
+    multiple, largest = (16, 128) if backend == "tile" else (8, 256)
+    if head_dim % multiple or head_dim > largest:
+        return f"needs a head size that is a multiple of {multiple}, at most {largest}, not {head_dim}"
     return None
 
 

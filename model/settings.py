@@ -7,7 +7,7 @@ AudioReadout = Literal["tower", "lm"]
 Readout = Literal["mean", "maxsim"]
 Trainable = Literal["lora", "full"]
 BaseDtype = Literal["auto", "bf16", "fp32"]
-AttentionName = Literal["auto", "flash", "varlen", "sdpa"]
+AttentionName = Literal["auto", "tile", "flash", "varlen", "sdpa"]
 KernelsName = Literal["auto", "triton", "torch"]
 
 
@@ -36,7 +36,7 @@ class ModelSettings:
     base_dtype: BaseDtype = "auto"
     """Storage type of frozen towers; auto: bf16 on CUDA, fp32 on the CPU. `full` always keeps fp32."""
     attention: AttentionName = "auto"
-    """Attention kernel; auto takes flash_attn, else torch's varlen, else scaled_dot_product_attention."""
+    """Attention kernel; auto takes our tiles for packs of short sequences, else flash_attn, else torch's varlen, else scaled_dot_product_attention."""  # noqa: E501
     kernels: KernelsName = "auto"
     """Memory-bound steps of the towers as Triton kernels, which keep less for the backward pass; auto takes them on CUDA. torch: plain operations."""  # noqa: E501
     checkpointing: bool = False
@@ -59,7 +59,7 @@ class ModelSettings:
             "readout": ("mean", "maxsim"),
             "trainable": ("lora", "full"),
             "base_dtype": ("auto", "bf16", "fp32"),
-            "attention": ("auto", "flash", "varlen", "sdpa"),
+            "attention": ("auto", "tile", "flash", "varlen", "sdpa"),
             "kernels": ("auto", "triton", "torch"),
         }
         for field, allowed in choices.items():

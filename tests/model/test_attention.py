@@ -48,15 +48,31 @@ def test_sdpa_equals_the_formula_in_values_and_gradients(lengths, kv_heads, caus
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["flash", "varlen"])
+@pytest.mark.parametrize("name", ["tile", "flash", "varlen"])
 def test_an_asked_for_backend_that_cannot_run_is_an_error(name):
     with pytest.raises(ValueError, match=f"attention: got '{name}', which cannot run here"):
         resolve_backend(name, torch.device("cpu"), torch.float32)
 
 
 def test_an_unknown_backend_is_an_error():
-    with pytest.raises(ValueError, match="allowed are auto, flash, varlen, sdpa"):
+    with pytest.raises(ValueError, match="allowed are auto, tile, flash, varlen, sdpa"):
         resolve_backend("eager", torch.device("cpu"), torch.float32)
+
+
+def test_a_missing_triton_is_told(monkeypatch):
+    monkeypatch.setattr(attention, "tile_attention", None)
+    resolve_backend.cache_clear()
+    with pytest.raises(ValueError, match="'tile', which cannot run here: triton is not installed; use auto or sdpa"):
+        resolve_backend("tile", torch.device("cpu"), torch.bfloat16)
+    resolve_backend.cache_clear()
+
+
+@pytest.mark.parametrize(("is_short", "chosen"), [(True, "tile"), (False, "flash")])
+def test_auto_takes_tiles_for_short_sequences(is_short, chosen, monkeypatch):
+    monkeypatch.setattr(attention, "_why_not", lambda *_: None)
+    resolve_backend.cache_clear()
+    assert resolve_backend("auto", torch.device("cuda"), torch.bfloat16, 64, is_short) == chosen
+    resolve_backend.cache_clear()
 
 
 def test_auto_tells_once_what_it_took(caplog):
@@ -102,7 +118,7 @@ def test_varlen_signature_moved(signature, causal, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("backend", ["flash", "varlen"])
+@pytest.mark.parametrize("backend", ["tile", "flash", "varlen"])
 def test_kernels_agree_on_the_gpu(backend, kv_heads, causal):
     lengths = [7, 130, 1, 64]
     if backend == "flash" and attention.flash_attn_varlen_func is None:
