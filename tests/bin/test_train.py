@@ -241,6 +241,16 @@ def test_checkpointing_changes_nothing(flags: Flags, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_the_flat_optimizer_trains_as_the_plain_one_does(flags: Flags, tmp_path: Path) -> None:
+    more = ("--epochs", "2", "--log_every", "2", "--learn_temperature", "--grad_accum_steps", "2")
+    for name, setting in (("flat", "--flat_optimizer"), ("plain", "--no-flat_optimizer")):
+        assert train(flags("--run_name", name, setting, *more)) == 0
+    losses = [metrics(tmp_path / "runs" / name, "train/loss") for name in ("flat", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    norms = [metrics(tmp_path / "runs" / name, "train/grad_norm") for name in ("flat", "plain")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def test_a_dead_adapter_is_found_at_the_first_step(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
     real = bin.train.build_model
 
