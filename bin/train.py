@@ -60,6 +60,7 @@ from lora.inject import inject_lora
 from losses.temperature import Temperature
 from losses.terms import TermBank
 from model.build import build_model
+from model.graphs import add_graphs
 from retrieval.model_files import load_trained
 
 logger = logging.getLogger("earmark")
@@ -137,6 +138,7 @@ def train(config: Config) -> int:
         total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
         groups = parameter_groups(named, built.sources, cfg.weight_decay, cfg.pretrained_lr_scale)
         update = make_update(groups, named, cfg.lr, cfg.adam_beta2, cfg.flat_optimizer)  # AdamW
+        graphs = add_graphs(model, config.model.cuda_graphs, keeps_gradients=cfg.flat_optimizer)
         # ReduceLROnPlateau drives a factor (1, then cut and cut again) that multiplies the warm-up below.
         factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -214,6 +216,8 @@ def train(config: Config) -> int:
                     if is_first_step:
                         check_all_train(arriving)
                         is_first_step = False
+                        if graphs is not None:
+                            graphs.start()
 
                     # Sums over ranks, clips and steps, unless loss or norm is not finite. (A NaN on one rank is NaN in
                     # the sums, so all ranks skip.) On a GPU nobody waits for it: what came of a step is read at the
@@ -240,6 +244,7 @@ def train(config: Config) -> int:
                             "train/skipped_steps": float(guard.num_skipped),
                             **interval.numbers(),
                             **schedule.numbers(),
+                            **({} if graphs is None else {"train/num_graphs": float(graphs.num_captures)}),
                         }
                         tracker.write(numbers, state.step)
                         note = f"loss {losses['loss']:.3f}  {numbers['train/clips_per_s']:.0f} clips/s"

@@ -7,6 +7,7 @@ AudioReadout = Literal["tower", "lm"]
 Readout = Literal["mean", "maxsim"]
 Trainable = Literal["lora", "full"]
 BaseDtype = Literal["auto", "bf16", "fp32"]
+GraphsName = Literal["auto", "on", "off"]
 AttentionName = Literal["auto", "flash", "varlen", "sdpa"]
 
 
@@ -36,6 +37,8 @@ class ModelSettings:
     """Storage type of frozen towers; auto: bf16 on CUDA, fp32 on the CPU. `full` always keeps fp32."""
     attention: AttentionName = "auto"
     """Attention kernel; auto takes flash_attn, else torch's varlen, else scaled_dot_product_attention."""
+    cuda_graphs: GraphsName = "auto"
+    """Towers train as CUDA graphs, one for each size of batch: no waiting for launches. auto: where they can be."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about half as much time again."""
     tower_dropout: float = 0.0
@@ -56,6 +59,7 @@ class ModelSettings:
             "readout": ("mean", "maxsim"),
             "trainable": ("lora", "full"),
             "base_dtype": ("auto", "bf16", "fp32"),
+            "cuda_graphs": ("auto", "on", "off"),
             "attention": ("auto", "flash", "varlen", "sdpa"),
         }
         for field, allowed in choices.items():
