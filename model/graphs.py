@@ -111,6 +111,7 @@ class TowerGraphs:
         self._stream = torch.cuda.Stream(model.device) if captures else None
         self._audio, self._text = _Side("audio", self._run_audio), _Side("text", self._run_text)
         self._capture_s = 0.0
+        self._num_tokens = self._num_dummies = 0
 
     def start(self) -> None:
         """From now on capture. Before, passes are eager, so that hooks on parameters see their gradients."""
@@ -125,6 +126,11 @@ class TowerGraphs:
     def capture_s(self) -> float:
         """Seconds that captures have taken."""
         return self._capture_s
+
+    @property
+    def waste(self) -> float:
+        """Dummy tokens so far, as a share of own ones."""
+        return self._num_dummies / max(1, self._num_tokens)
 
     def encode_audio(self, pack: AudioPack) -> Tensor:
         """As DualEncoder.encode_audio."""
@@ -160,6 +166,8 @@ class TowerGraphs:
         return self._model.embed_ids(TextPack(ids_P, filled), SequenceLayout.of(tables, filled, size))
 
     def _encode(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor, lengths: Sequence[int]) -> Tensor:
+        self._num_tokens += sum(lengths)
+        self._num_dummies += size.num_tokens - sum(lengths)
         capture = side.captures.get(size)
         if capture is None and self._captures and self._is_started and not side.is_busy():
             capture = self._try_capture(side, size, tables, payload)
