@@ -16,6 +16,7 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
+import gc
 import json
 import math
 import statistics
@@ -143,6 +144,7 @@ class Trainee:
         if graphs is not None:
             graphs.start()
         self.model.graphs = graphs
+        gc.collect()  # the graphs before, and their memory
         torch.manual_seed(seed)
         return graphs
 

@@ -15,6 +15,7 @@ Weights are read where they lie and gradients added where they lie, so neither m
 Shapes: N sequences, P packed tokens, T mel frame slots, M mels, E embedding.
 """
 
+import gc
 import logging
 import time
 import weakref
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CAPTURES = 64
 """Size classes of both sides; what comes up beyond them runs eagerly."""
+LARGE_SHARE = 0.05
+"""Of the device's memory: a side that holds more makes room before it captures a class larger than all it has."""
 SHORTEST_AUDIO, SHORTEST_TEXT = 64, 16
 """Least bound of a class on its longest sequence, in tokens."""
 
@@ -86,7 +89,18 @@ class _Side:
     run: Callable[[SizeClass, Tables, Tensor, Sequence[int]], Tensor]
     captures: dict[SizeClass, "_Capture"] = field(default_factory=dict)
     pool: Any = None  # torch.cuda.MemPool, made for the first capture
+    num_bytes: int = 0  # that the captures have taken from the device
     in_use: "weakref.ref[_Ticket] | None" = None  # by a forward pass whose backward pass is to come
+
+    def make_room(self, size: SizeClass, device: torch.device) -> None:
+        """Drop all captures before one that is larger, if they hold much: it cannot use their memory, whose pieces are
+        too small, while smaller ones can use its own. They are captured again when they come up."""
+        largest = max((known.num_tokens for known in self.captures), default=size.num_tokens)
+        total = torch.cuda.get_device_properties(device).total_memory
+        if size.num_tokens > largest and self.num_bytes > LARGE_SHARE * total:
+            torch.cuda.synchronize(device)
+            self.captures.clear()
+            self.pool, self.num_bytes = None, 0
 
     def is_busy(self) -> bool:
         return self.in_use is not None and self.in_use() is not None
@@ -110,7 +124,7 @@ class TowerGraphs:
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)  # gives replays a place in the history
         self._stream = torch.cuda.Stream(model.device) if captures else None
         self._audio, self._text = _Side("audio", self._run_audio), _Side("text", self._run_text)
-        self._capture_s = 0.0
+        self._capture_s, self._num_captures, self._has_told = 0.0, 0, False
         self._num_tokens = self._num_dummies = 0
 
     def start(self) -> None:
@@ -119,8 +133,8 @@ class TowerGraphs:
 
     @property
     def num_captures(self) -> int:
-        """Size classes captured: a forward and a backward graph each."""
-        return len(self._audio.captures) + len(self._text.captures)
+        """Captures so far: a forward and a backward graph each."""
+        return self._num_captures
 
     @property
     def capture_s(self) -> float:
@@ -176,19 +190,26 @@ class TowerGraphs:
         return _Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
 
     def _try_capture(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor) -> "_Capture | None":
-        if self.num_captures >= self._most:
+        if len(self._audio.captures) + len(self._text.captures) >= self._most:
+            if not self._has_told:
+                logger.warning("%d size classes are CUDA graphs; further ones run eagerly", self._most)
+                self._has_told = True
             return None
-        began = time.perf_counter()
+        began, device = time.perf_counter(), self._model.device
         assert self._stream is not None
+        side.make_room(size, device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
         if side.pool is None:
             side.pool = torch.cuda.MemPool()
-        capture = _Capture(side, size, tables, payload, self._params, self._stream)
-        side.captures[size] = capture
+        side.captures[size] = capture = _Capture(side, size, tables, payload, self._params, self._stream)
+        torch.cuda.empty_cache()
+        side.num_bytes += max(0, torch.cuda.memory_reserved(device) - before)
+        self._num_captures += 1
         seconds = time.perf_counter() - began
         self._capture_s += seconds
         logger.debug("captured %s %s in %.2f s: %d so far", side.name, size, seconds, self.num_captures)
-        if self.num_captures == self._most:
-            logger.warning("%d size classes are captured as CUDA graphs; further ones run eagerly", self._most)
         return capture
 
 
