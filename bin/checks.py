@@ -10,6 +10,7 @@ import model.logmel
 from bin.config import Config
 from bin.datasets import load_datasets
 from data.loader import Loader
+from distributed.health import ArrivingGradients
 from distributed.processes import World
 from lora.inject import inject_lora
 from model.attention import resolve_backend
@@ -25,6 +26,16 @@ def check_rooms_agree(built: DualEncoder) -> None:
     reach_s = built.audio_tower.config.max_frames * model.logmel.HOP / model.logmel.SAMPLE_RATE
     if reach_s < data.audio.MAX_CLIP_S:
         logger.warning("this audio tower reads %.1f s at most; longer clips fail when they come up", reach_s)
+
+
+def check_all_train(arriving: ArrivingGradients) -> None:
+    """After the first backward pass. A collective; RuntimeError, on every rank, names what no gradient has reached."""
+    untrained = arriving.missing()
+    if untrained:
+        raise RuntimeError(
+            f"{len(untrained)} trainable tensors get no gradient: {', '.join(untrained[:8])}; "
+            "they would never train. Check --lora_targets and the loss weights"
+        )
 
 
 def describe_plan(config: Config, world: World) -> None:

@@ -68,6 +68,8 @@ class TrainSettings:
     """AdamW's second-moment decay; small batches and short runs like 0.98."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm."""
+    flat_optimizer: bool = True
+    """Parameters and gradients in one buffer each: one all-reduce and few kernels a step. Off: one by one, slower."""
     center_heads: bool = True
     """At the very start, set the heads' biases so that embeddings average to zero over a few hundred clips."""
     refresh_bank_every: int = 0

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bin.config import Config, RunSettings
+from bin.update import Update
 from data.loader import Loader
 from distributed.atomic import (
     json_bytes,
@@ -76,7 +76,7 @@ class Resumable:
     config: Config
     built: Built
     temperature: Temperature
-    optimizer: Optimizer
+    update: Update
     named: list[tuple[str, nn.Parameter]]
     plateau: ReduceLROnPlateau
     loader: Loader
@@ -117,7 +117,7 @@ def save_checkpoint(store: CheckpointStore, run: Resumable, state: RunState, ban
 
     def write(folder: Path) -> None:
         save_model(folder, run.built, run.config.model, run.temperature.log_inv_temperature, {"step": state.step})
-        tensors, hyper = pack_optimizer(run.optimizer, run.named)
+        tensors, hyper = pack_optimizer(run.update.optimizer, run.named, run.update.flat)
         write_tensors(folder / OPTIMIZER_FILE, tensors)
         if bank is not None:
             write_tensors(folder / BANK_FILE, {field.name: getattr(bank, field.name) for field in fields(bank)})
@@ -147,7 +147,8 @@ def load_checkpoint(store: CheckpointStore, checkpoint: Path, run: Resumable) ->
     log_inv_temperature = load_trained(checkpoint, run.built, run.config.model)
     with torch.no_grad():
         run.temperature.log_inv_temperature.copy_(log_inv_temperature)
-    unpack_optimizer(run.optimizer, run.named, read_tensors(checkpoint / OPTIMIZER_FILE), saved["optimizer"])
+    tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
+    unpack_optimizer(run.update.optimizer, run.named, tensors, saved["optimizer"], run.update.flat)
     unpack_plateau(run.plateau, saved["plateau"])
     run.plateau.optimizer.param_groups[0]["lr"] = saved["plateau"]["last_lr"][0]
     bank = None

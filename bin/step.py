@@ -22,7 +22,7 @@ from bin.feed import FedBatch
 from data.batches import Batch
 from distributed.collectives import gather_int_arrays, gather_json, gather_row_blocks
 from distributed.processes import World
-from losses.relations import BatchIds, Relations
+from losses.relations import BatchIds, Relations, ship
 from losses.scores import TermScores
 from losses.settings import LossSettings
 from losses.temperature import Temperature
@@ -97,7 +97,7 @@ def loss_share(
     local = relations.local(world.rank, device)
 
     own = encode_all(model, fed)
-    text_BE = align_texts(own.text_TE, torch.from_numpy(batch.text_row_B).to(device))
+    text_BE = align_texts(own.text_TE, ship(torch.from_numpy(batch.text_row_B), device))
     clip_counts = [len(relations.clips_of(rank)) for rank in range(world.world_size)]
     starts = relations.term_row_starts
     term_counts = [stop - start for start, stop in itertools.pairwise(starts)]

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from bin.bank import BankSchedule
-from bin.checks import check_rooms_agree, describe_plan
+from bin.checks import check_all_train, check_rooms_agree, describe_plan
 from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
 from bin.evaluation import Evaluator, encode_terms
@@ -48,18 +48,19 @@ from bin.runlog import Interval, configure_logging, environment, progress_bar
 from bin.step import center_heads, loss_share
 from bin.stopping import Preempted, StopRequest
 from bin.tracking import MAX_PROJECTED, Tracker
+from bin.update import make_update
 from data.loader import Loader
 from distributed import processes, watch
 from distributed.atomic import json_bytes, remove_strays, write_file_atomically
 from distributed.checkpoints import CheckpointStore
-from distributed.collectives import agree, sum_over_ranks
-from distributed.gradsync import check_same_parameters, clip_gradients, sync_gradients
-from distributed.health import NonFiniteGuard, missing_gradients
+from distributed.gradsync import check_same_parameters
+from distributed.health import ArrivingGradients, NonFiniteGuard
 from distributed.rundir import RunLock, State
 from lora.inject import inject_lora
 from losses.temperature import Temperature
 from losses.terms import TermBank
 from model.build import build_model
+from model.graphs import add_graphs
 from retrieval.model_files import load_trained
 
 logger = logging.getLogger("earmark")
@@ -113,12 +114,11 @@ def train(config: Config) -> int:
             logger.info("adapters on %d layers", len(inject_lora(model, config.lora)))
         temperature = Temperature(config.losses.temperature, config.losses.learn_temperature).to(world.device)
         named = [(n, p) for n, p in [*model.named_parameters(), *temperature.named_parameters()] if p.requires_grad]
-        params = [param for _, param in named]
         model.train()
         logger.info(
             "model ready in %.1f s: %.1f M parameters train, of %.1f M; towers from %s",
             time.perf_counter() - started,
-            sum(p.numel() for p in params) / 1e6,
+            sum(p.numel() for _, p in named) / 1e6,
             sum(p.numel() for p in model.parameters()) / 1e6,
             {k: v for k, v in built.sources.items() if k in ("audio_tower", "language_model")},
         )
@@ -137,7 +137,8 @@ def train(config: Config) -> int:
             )
         total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
         groups = parameter_groups(named, built.sources, cfg.weight_decay, cfg.pretrained_lr_scale)
-        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.adam_beta2))
+        update = make_update(groups, named, cfg.lr, cfg.adam_beta2, cfg.flat_optimizer)  # AdamW
+        graphs = add_graphs(model, config.model.cuda_graphs, keeps_gradients=cfg.flat_optimizer)
         # ReduceLROnPlateau drives a factor (1, then cut and cut again) that multiplies the warm-up below.
         factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -153,7 +154,7 @@ def train(config: Config) -> int:
             return cfg.lr * ramp * (factor.param_groups[0]["lr"] if cfg.lr_schedule == "plateau" else 1.0)
 
         # ---------------------------------------------------------------------------------------------- resume
-        run = Resumable(config, built, temperature, optimizer, named, plateau, loader)
+        run = Resumable(config, built, temperature, update, named, plateau, loader)
         torch.manual_seed(cfg.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
         bank: TermBank | None = None
         if checkpoint is not None:
@@ -177,7 +178,7 @@ def train(config: Config) -> int:
         check_same_parameters(named)
 
         # ------------------------------------------------------------------------------------------------ loop
-        guard = NonFiniteGuard(config.distributed.max_nonfinite_steps)
+        guard, arriving = NonFiniteGuard(config.distributed.max_nonfinite_steps), ArrivingGradients(named)
         wire_dtype, hash_every = config.distributed.wire_dtype(world.device), config.distributed.parameter_hash_every
         bank_glossary = data.glossary if config.losses.enable_hard_neg and config.losses.hard_neg_weight else None
         schedule = BankSchedule(
@@ -198,9 +199,9 @@ def train(config: Config) -> int:
                 while not state.unmeasured and state.step_in_epoch < steps_per_epoch and state.step < total_steps:
                     bank = schedule.current(bank, model, tokenizer, state.step, state.step_in_epoch)
                     lr = learning_rate(state.step)
-                    for group in optimizer.param_groups:
+                    for group in update.optimizer.param_groups:
                         group["lr"] = lr * group["lr_scale"]
-                    optimizer.zero_grad(set_to_none=True)
+                    update.zero()
                     shares: dict[str, torch.Tensor] = {}
                     for _ in range(cfg.grad_accum_steps):
                         with interval.waiting():
@@ -213,50 +214,52 @@ def train(config: Config) -> int:
                             shares[name] = shares.get(name, 0.0) + value / cfg.grad_accum_steps
                         interval.num_clips += relations.num_clips
                     if is_first_step:
-                        untrained = missing_gradients(named)
-                        if untrained:
-                            raise RuntimeError(
-                                f"{len(untrained)} trainable tensors get no gradient: {', '.join(untrained[:8])}; "
-                                "they would never train. Check --lora_targets and the loss weights"
-                            )
+                        check_all_train(arriving)
                         is_first_step = False
-                    sync_gradients(params)
-                    norm = clip_gradients(params, cfg.max_grad_norm)
+                        if graphs is not None:
+                            graphs.start()
 
-                    # Every rank must take the same way from here: one small all-reduce a step carries what decides it.
-                    # (A NaN on one rank is NaN in the sum, so the loss and the norm of all ranks are compared as one.)
-                    agreed = agree(loss=float(shares["loss"]), grad_norm=float(norm), stop=stop.requested)
-                    if guard.accepts(state.step, loss=agreed["loss"], gradient_norm=agreed["grad_norm"]):
-                        optimizer.step()
-                    state.step += 1
+                    # Sums over ranks, clips and steps, unless loss or norm is not finite. (A NaN on one rank is NaN in
+                    # the sums, so all ranks skip.) On a GPU nobody waits for it: what came of a step is read at the
+                    # next one, at once only where the host has to wait anyway. Every rank reads the same, and must
+                    # take the same way from here.
+                    update.apply(state.step, shares, stop.requested, cfg.max_grad_norm)
+                    done = state.step + 1
+                    is_logged = done % cfg.log_every == 0 or done == total_steps
+                    ends_epoch = state.step_in_epoch + 1 == steps_per_epoch or done == total_steps
+                    saves = cfg.save_every_steps > 0 and done % cfg.save_every_steps == 0 and not ends_epoch
+                    outcomes = update.outcomes(now=is_logged or ends_epoch or saves)
+                    for outcome in outcomes:
+                        guard.check(outcome.step, loss=outcome.losses["loss"], gradient_norm=outcome.gradient_norm)
+                    state.step = done
                     state.step_in_epoch += 1
                     interval.num_steps += 1
 
-                    if state.step % cfg.log_every == 0 or state.step == total_steps:
-                        totals = sum_over_ranks(**{name: float(value) for name, value in shares.items()})
-                        numbers = {f"train/{'loss' if k == 'loss' else 'loss_' + k}": v for k, v in totals.items()} | {
+                    if is_logged:
+                        losses, norm = outcomes[-1].losses, outcomes[-1].gradient_norm
+                        numbers = {f"train/{'loss' if k == 'loss' else 'loss_' + k}": v for k, v in losses.items()} | {
                             "train/lr": lr,
-                            "train/grad_norm": float(norm),
+                            "train/grad_norm": norm,
                             "train/temperature": 1.0 / float(temperature().detach()),
                             "train/skipped_steps": float(guard.num_skipped),
                             **interval.numbers(),
                             **schedule.numbers(),
+                            **({} if graphs is None else {"train/num_graphs": float(graphs.num_captures)}),
                         }
                         tracker.write(numbers, state.step)
-                        note = f"loss {totals['loss']:.3f}  {numbers['train/clips_per_s']:.0f} clips/s"
+                        note = f"loss {losses['loss']:.3f}  {numbers['train/clips_per_s']:.0f} clips/s"
                         logger.info(
                             "step %6d/%d  epoch %6.2f  loss %7.4f  lr %.2e  grad %8.3f  %7.1f clips/s  wait %6.1f ms",
-                            state.step, total_steps, state.step / steps_per_epoch, totals["loss"], lr, float(norm),
+                            state.step, total_steps, state.step / steps_per_epoch, losses["loss"], lr, norm,
                             numbers["train/clips_per_s"], numbers["data/wait_ms"],
                         )  # fmt: skip
                         interval = Interval()
                     bar.update(task, completed=state.step, note=note)
                     if hash_every and state.step % hash_every == 0:
                         check_same_parameters(named)
-                    if agreed["stop"]:
+                    if any(outcome.wants_stop for outcome in outcomes):
                         raise Preempted(agreed=True)
-                    ends_epoch = state.step_in_epoch == steps_per_epoch or state.step == total_steps
-                    if cfg.save_every_steps and state.step % cfg.save_every_steps == 0 and not ends_epoch:
+                    if saves:
                         save(bank)
 
                 # ---------------------------------------------------------------------------- end of an epoch

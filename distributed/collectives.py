@@ -152,7 +152,10 @@ def _valid_rows(counts: list[int], device: torch.device) -> Tensor | None:
     largest = max(counts)
     if min(counts) == largest:
         return None
-    return torch.tensor([r * largest + i for r, count in enumerate(counts) for i in range(count)], device=device)
+    rows = torch.tensor([r * largest + i for r, count in enumerate(counts) for i in range(count)])
+    if device.type == "cuda":
+        rows = rows.pin_memory()  # other memory would make the host wait for the device's queue
+    return rows.to(device, non_blocking=True)
 
 
 def _reduce_scatter_sum(all_WF: Tensor) -> Tensor:

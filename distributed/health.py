@@ -25,11 +25,11 @@ class NonFiniteGuard:
         self.num_in_a_row = 0
         self.num_skipped = 0
 
-    def accepts(self, step: int, **numbers: float) -> bool:
-        """Whether all numbers are finite; False asks the caller to skip the step.
+    def check(self, step: int, **numbers: float) -> bool:
+        """Whether all numbers of a step are finite; if not, it has been skipped, which is counted and told.
 
-        Pass numbers that all ranks agree on (`collectives.agree`), so that all skip alike. Raises RuntimeError, naming
-        the numbers, at the `max_in_a_row`-th bad step in a row.
+        Pass numbers that are the same on all ranks, and every step once. Raises RuntimeError, naming the numbers, at
+        the `max_in_a_row`-th bad step in a row.
         """
         bad = {name: value for name, value in numbers.items() if not math.isfinite(value)}
         if not bad:
@@ -47,17 +47,28 @@ class NonFiniteGuard:
         return False
 
 
-def missing_gradients(named_params: NamedParameters) -> list[str]:
-    """Names of trainable parameters that got no gradient on any rank. Collective.
+class ArrivingGradients:
+    """Notes which trainable parameters a backward pass reaches, from when it is made until `missing` is asked.
 
-    Call after the first backward pass and before `sync_gradients`, which fills gaps with zeros. A gradient of zeros is
-    a gradient: LoRA's A gets zeros as long as its B is zero, and a rank without clips may well have none.
+    `.grad` cannot tell: it may be a buffer that is always there. A gradient of zeros is a gradient: LoRA's A gets zeros
+    as long as its B is zero.
     """
-    trainable = [(name, param) for name, param in named_params if param.requires_grad]
-    has_gradient = torch.tensor([param.grad is not None for _, param in trainable], dtype=torch.int32)
-    if num_ranks() > 1 and trainable:
-        all_reduce(has_gradient, op=dist.ReduceOp.MAX)
-    return [name for (name, _), found in zip(trainable, has_gradient.tolist(), strict=True) if not found]
+
+    def __init__(self, named_params: NamedParameters) -> None:
+        trainable = [(name, param) for name, param in named_params if param.requires_grad]
+        self._names = [name for name, _ in trainable]
+        self._arrived: set[Parameter] = set()
+        self._params = [param for _, param in trainable]
+        self._hooks = [param.register_post_accumulate_grad_hook(self._arrived.add) for param in self._params]
+
+    def missing(self) -> list[str]:
+        """Names of those without a gradient on any rank (one without clips may well have none). A collective, once."""
+        for hook in self._hooks:
+            hook.remove()
+        has_gradient = torch.tensor([param in self._arrived for param in self._params], dtype=torch.int32)
+        if num_ranks() > 1 and self._params:
+            all_reduce(has_gradient, op=dist.ReduceOp.MAX)
+        return [name for name, found in zip(self._names, has_gradient.tolist(), strict=True) if not found]
 
 
 def nonfinite_gradients(named_params: NamedParameters) -> list[str]:

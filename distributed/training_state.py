@@ -14,6 +14,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from distributed.flat import FlatParameters, Piece
+
 logger = logging.getLogger(__name__)
 
 NamedParameters = Iterable[tuple[str, Parameter]]
@@ -25,32 +27,42 @@ HOW_TO_COMPUTE = ("params", "foreach", "fused", "capturable", "differentiable") 
 # --- optimizer -------------------------------------------------------------------------------------------------------
 
 
-def pack_optimizer(optimizer: Optimizer, named_params: NamedParameters) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack_optimizer(
+    optimizer: Optimizer, named_params: NamedParameters, flat: FlatParameters | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors named `parameter/state`, strict-JSON hyperparameters) of an optimizer whose state is tensors (AdamW).
 
     AdamW: step [] fp32, exp_avg and exp_avg_sq in the parameter's shape and dtype. Hyperparameters: one entry a
-    parameter group, with the names of its parameters.
+    parameter group, with the names of its parameters. `flat` tells what an optimizer over flat parameters holds: the
+    result is the same as that of one over the parameters themselves.
     """
-    name_of = {param: name for name, param in named_params}
+    held = _held(named_params, flat)
     tensors: dict[str, Tensor] = {}
     groups = []
     for group in optimizer.param_groups:
-        names = [name_of.get(param) for param in group["params"]]
-        if None in names:
+        if any(param not in held for param in group["params"]):
             raise ValueError("the optimizer holds a parameter that named_params does not name; pass all of them")
+        names = [piece.name for param in group["params"] for piece in held[param]]
         groups.append({"params": names} | {k: _plain(v) for k, v in group.items() if k not in HOW_TO_COMPUTE})
         for param in group["params"]:
             for key, value in optimizer.state.get(param, {}).items():
                 if not isinstance(value, Tensor):
                     raise ValueError(f"optimizer state {key} is a {type(value).__name__}; allowed: tensors")
-                tensors[f"{name_of[param]}/{key}"] = value.detach()
+                for piece in held[param]:
+                    # A copy of its own where one number counts for all: a file holds no tensor twice.
+                    own = value.clone() if key == "step" else piece.of(value)
+                    tensors[f"{piece.name}/{key}"] = own.detach()
     return tensors, {"class": type(optimizer).__name__, "groups": groups, "state": sorted(tensors)}
 
 
 def unpack_optimizer(
-    optimizer: Optimizer, named_params: NamedParameters, tensors: Mapping[str, Tensor], hyper: Mapping[str, Any]
+    optimizer: Optimizer,
+    named_params: NamedParameters,
+    tensors: Mapping[str, Tensor],
+    hyper: Mapping[str, Any],
+    flat: FlatParameters | None = None,
 ) -> None:
-    """Restore what `pack_optimizer` took, bit by bit, into an optimizer over parameters of the same names.
+    """Restore what `pack_optimizer` took, bit by bit, into an optimizer over parameters of the same names, flat or not.
 
     The learning rate is restored as progress; other hyperparameters stay as newly given, and a change is logged. Raises
     ValueError, before anything is changed, when the optimizer's class, names, groups or shapes differ.
@@ -58,8 +70,11 @@ def unpack_optimizer(
     if hyper["class"] != type(optimizer).__name__:
         raise ValueError(f"the checkpoint is of optimizer {hyper['class']}, this run uses {type(optimizer).__name__}")
     param_of = dict(named_params)
-    name_of = {param: name for name, param in param_of.items()}
-    ours = [[name_of.get(param, "?") for param in group["params"]] for group in optimizer.param_groups]
+    held = _held(param_of.items(), flat)
+    ours = [
+        [piece.name for param in group["params"] for piece in held.get(param, [Piece("?", param)])]
+        for group in optimizer.param_groups
+    ]
     saved = [group["params"] for group in hyper["groups"]]
     if [sorted(names) for names in ours] != [sorted(names) for names in saved]:
         own_names, saved_names = set(chain(*ours)), set(chain(*saved))
@@ -82,6 +97,11 @@ def unpack_optimizer(
                 f"optimizer state {full_name} has shape {tuple(value.shape)}; allowed: {tuple(param_of[name].shape)}"
             )
         states.setdefault(name, {})[key] = value
+    joined = {
+        param: _joined(param, held[param], states, bool(group.get("fused") or group.get("capturable")))
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
 
     optimizer.state.clear()
     for group, saved_group in zip(optimizer.param_groups, hyper["groups"], strict=True):
@@ -92,14 +112,35 @@ def unpack_optimizer(
                 group[key] = value
             elif key != "params" and key in group and _plain(group[key]) != value:
                 logger.warning("optimizer setting %s is now %s; the checkpoint had %s", key, group[key], value)
-        steps_on_device = group.get("fused") or group.get("capturable")
-        for param in group["params"]:
-            if name_of[param] in states:
-                optimizer.state[param] = {
-                    # AdamW reads `step` on the CPU, unless its kernel advances it
-                    key: value.clone() if key == "step" and not steps_on_device else value.to(param.device, copy=True)
-                    for key, value in states[name_of[param]].items()
-                }
+    optimizer.state.update({param: state for param, state in joined.items() if state})
+
+
+def _held(named_params: NamedParameters, flat: FlatParameters | None) -> Mapping[Parameter, list[Piece]]:
+    """Which named parameters each parameter of the optimizer holds: itself, or with `flat` those of its group."""
+    return flat.pieces if flat is not None else {param: [Piece(name, param)] for name, param in named_params}
+
+
+def _joined(
+    param: Parameter, pieces: list[Piece], states: Mapping[str, Mapping[str, Tensor]], steps_on_device: bool
+) -> dict[str, Tensor]:
+    """The state of one parameter of the optimizer from the states of the named ones it holds; empty: there is none."""
+    saved = [states.get(piece.name, {}) for piece in pieces]
+    if any(state.keys() != saved[0].keys() for state in saved):
+        raise ValueError("some parameters of a group have optimizer state and some have none; use --no-flat_optimizer")
+    joined = {}
+    for key in saved[0]:
+        if key == "step":  # AdamW reads it on the CPU, unless its kernel advances it
+            steps = {float(state[key]) for state in saved}
+            if len(steps) > 1:
+                raise ValueError(
+                    f"parameters of a group have had {min(steps):g} to {max(steps):g} updates; use --no-flat_optimizer"
+                )
+            joined[key] = saved[0][key].to(param.device, copy=True) if steps_on_device else saved[0][key].clone()
+            continue
+        joined[key] = torch.zeros_like(param, dtype=saved[0][key].dtype, requires_grad=False)
+        for piece, state in zip(pieces, saved, strict=True):
+            piece.of(joined[key]).copy_(state[key])
+    return joined
 
 
 def _plain(value: Any) -> Any:

@@ -209,24 +209,21 @@ class Relations:
         clips, terms = self.clips_of(rank), self.terms_of(rank)
         num_positives_G = torch.bincount(self.positive_clip_P, minlength=self.num_clips)
         has_text_G, has_positive_G = self.text_keys_G != NO_TEXT, num_positives_G > 0
-        text_keys_B = self.text_keys_G[clips.start : clips.stop]
+        text_keys_G = ship(self.text_keys_G, device)
+        text_keys_B = text_keys_G[clips.start : clips.stop]
         own_first_copy_U = self.first_copy_N[terms.start : terms.stop]
 
         def dense(rows: range, row_ids: Tensor, num_columns: int, column_ids: Tensor) -> Tensor:
             mine = (row_ids >= rows.start) & (row_ids < rows.stop)
             return pair_mask(row_ids[mine] - rows.start, column_ids[mine], len(rows), num_columns, device)
 
-        def move(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
-
         def share_of_mean(counts_G: Tensor, rows: range) -> Tensor:
             weight_G = counts_G.double() / max(int(counts_G.sum()), 1)
-            return move(weight_G[rows.start : rows.stop])
+            return ship(weight_G[rows.start : rows.stop], device)
 
-        has_text_B = has_text_G[clips.start : clips.stop]
         return LocalRelations(
-            same_text_BG=move((text_keys_B[:, None] == self.text_keys_G[None, :]) & has_text_B[:, None]),
-            textless_G=move(~has_text_G),
+            same_text_BG=(text_keys_B[:, None] == text_keys_G[None, :]) & (text_keys_B != NO_TEXT)[:, None],
+            textless_G=text_keys_G == NO_TEXT,
             audio_text_weight_B=share_of_mean(has_text_G, clips),
             positives_BN=dense(clips, self.positive_clip_P, self.num_terms, self.positive_term_P),
             ignored_BN=dense(clips, self.ignored_clip_I, self.num_terms, self.ignored_term_I),
@@ -236,9 +233,9 @@ class Relations:
             ignored_UG=dense(terms, self.ignored_term_I, self.num_clips, self.ignored_clip_I),
             term_audio_weight_U=share_of_mean(self.counts_N, terms),
             # A term that no clip carries (a mined negative embedded with the batch) stands as one column.
-            term_log_count_N=move(self.counts_N.clamp(min=1).double().log()),
-            first_copy_N=move(self.first_copy_N),
-            own_term_rows_U=move(own_first_copy_U - self.term_row_starts[rank]),
+            term_log_count_N=ship(self.counts_N.clamp(min=1).double().log(), device),
+            first_copy_N=ship(self.first_copy_N, device),
+            own_term_rows_U=ship(own_first_copy_U - self.term_row_starts[rank], device),
         )
 
 
@@ -272,8 +269,15 @@ def pair_mask(
 ) -> Tensor:
     """bool [num_rows, num_columns], true at the given pairs. Only the pairs travel to the device."""
     mask = torch.zeros(num_rows * num_columns, dtype=torch.bool, device=device)
-    flat = (row_ids * num_columns + column_ids).to(device, non_blocking=True)
+    flat = ship(row_ids * num_columns + column_ids, device)
     return mask.index_fill_(0, flat, True).view(num_rows, num_columns)
+
+
+def ship(table: Tensor, device: torch.device | str) -> Tensor:
+    """A CPU tensor on the device. Pinned first, as the host waits for the device's queue when it sends other memory."""
+    if torch.device(device).type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 def _first_copies(keys: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from model.logmel import LogMel
 from model.maxsim import WindowedClips, WindowShape, WindowTable
 from model.packing import AudioLayout, AudioPack, SequenceLayout, TextPack
 from model.text_tower import TextConfig, TextTower
+
+if TYPE_CHECKING:
+    from model.graphs import TowerGraphs
 
 
 class CastLinear(nn.Linear):
@@ -75,6 +78,8 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.windows = windows
+        self.graphs: TowerGraphs | None = None
+        """Runs the training passes of `encode_audio` and `encode_text`, where they are CUDA graphs."""
         self.compute_dtype = compute_dtype
         self.augment_mel = augment_mel
         self.log_mel = LogMel(audio_config.num_mels)
@@ -103,8 +108,14 @@ class DualEncoder(nn.Module):
 
         `layout` may be given where the caller has it: then nothing here works on the host.
         """
+        if self.graphs is not None and layout is None and self._is_learning:
+            return self.graphs.encode_audio(pack)
         x_QD, pooled = self._audio_frames(pack, layout)
         return self._embed(x_QD, pooled, self.audio_head)
+
+    def embed_mel(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
+        """The part of `encode_audio` from mel slots on. Of dummies the rows mean nothing, but are finite."""
+        return self._embed(self._frames(mel_TM, layout), layout.pooled, self.audio_head)
 
     def encode_windows(self, pack: AudioPack) -> AudioWindows:
         """Clips as windows, for a model with the maxsim read-out; dtypes and errors as in `encode_audio`."""
@@ -122,24 +133,38 @@ class DualEncoder(nn.Module):
     def _audio_frames(self, pack: AudioPack, layout: AudioLayout | None = None) -> tuple[Tensor, SequenceLayout]:
         pack = pack.to(self.device, non_blocking=True)
         layout = layout or self.audio_tower.layout(pack.num_samples, self.device)
+        return self._frames(self.mel(pack, layout), layout), layout.pooled
+
+    def _frames(self, mel_TM: Tensor, layout: AudioLayout) -> Tensor:
+        """x_QD: what a clip's embedding is the mean of."""
         with self._autocast():
-            x_QD = self.audio_tower(self._mel(pack, layout), layout)
+            x_QD = self.audio_tower(mel_TM, layout)
             if self.multi_modal_projector is not None:
                 x_QD = self.multi_modal_projector(x_QD)
                 x_QD = self.language_model.forward_embeds(x_QD, layout.pooled.lengths, layout.pooled)
-        return x_QD, layout.pooled
+        return x_QD
 
     def encode_text(self, pack: TextPack) -> Tensor:
         """Return text_NE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long string."""
         if "language_model" not in self._modules:
             raise ValueError("encode_text: this model was opened audio-only; open it whole to encode terms")
+        if self.graphs is not None and self._is_learning:
+            return self.graphs.encode_text(pack)
         pack = pack.to(self.device, non_blocking=True)
-        layout = SequenceLayout.build(pack.lengths, self.device)
+        return self.embed_ids(pack, SequenceLayout.build(pack.lengths, self.device))
+
+    def embed_ids(self, pack: TextPack, layout: SequenceLayout) -> Tensor:
+        """`encode_text` where pack and layout are on the device. Of dummies the rows mean nothing, but are finite."""
         with self._autocast():
             x_PD = self.language_model(pack, layout)
         return self._embed(x_PD, layout, self.text_head)
 
-    def _mel(self, pack: AudioPack, layout: AudioLayout) -> Tensor:
+    @property
+    def _is_learning(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def mel(self, pack: AudioPack, layout: AudioLayout) -> Tensor:
+        """mel_TM of a pack on the device, augmented in training. No gradient."""
         is_fp64 = self.audio_head.weight.dtype == torch.float64
         mel_TM = self.log_mel(pack.pcm_S, layout, torch.float64 if is_fp64 else torch.float32)
         if self.training and self.augment_mel is not None:
@@ -148,7 +173,10 @@ class DualEncoder(nn.Module):
 
     def _embed(self, x_PD: Tensor, layout: SequenceLayout, head: nn.Linear) -> Tensor:
         with torch.autocast(x_PD.device.type, enabled=False):
-            return F.normalize(head(layout.mean(x_PD, self.kernels).to(head.weight.dtype)), dim=-1)
+            mean_BD = layout.mean(x_PD, self.kernels)
+            if layout.has_dummies:  # an empty one has no mean
+                mean_BD = mean_BD.where((layout.cu_seqlens.diff() > 0)[:, None], 0.0)
+            return F.normalize(head(mean_BD.to(head.weight.dtype)), dim=-1)
 
     def _autocast(self) -> AbstractContextManager[object]:
         weight = self.audio_tower.layer_norm.weight  # both towers are stored alike

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from model.kernels import uses_triton
 from model.logmel import HOP, SAMPLE_RATE
+from model.sizes import SizeClass
+from model.tables import Tables, sequence_tables
 
 TAIL_FRAMES = 2
 """Frames kept after the clip: the reach of the two convolutions beyond its last token."""
@@ -94,19 +96,34 @@ class SequenceLayout:
     """int64, the sequence that a token belongs to."""
     place_P: Tensor
     """int64, the token's position in its sequence, from 0."""
+    has_dummies: bool = False
+    """Filled up to a size class: the last sequences are dummies, some of them empty, and max_len is a bound."""
 
     @classmethod
-    def build(cls, lengths: Sequence[int], device: torch.device | str) -> "SequenceLayout":
-        """Raises ValueError for an empty batch or an empty sequence."""
-        lengths = [int(length) for length in lengths]
+    def build(
+        cls, lengths: Sequence[int], device: torch.device | str, size: SizeClass | None = None
+    ) -> "SequenceLayout":
+        """`size` fills the pack up to a class. Raises ValueError for an empty batch or an empty sequence."""
+        tables, lengths = cls.tables(lengths, size), list(lengths) if size is None else size.filled(lengths)
+        return cls.of(tables.to(device), lengths, size)
+
+    @classmethod
+    def tables(cls, lengths: Sequence[int], size: SizeClass | None = None) -> "Tables":
+        """Everything of a layout that goes to the device."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths: got {lengths[:8]}, need at least one sequence and one token in each")
-        return cls._from_tables(lengths, _ship(dict(zip(_TABLE_NAMES, _tables(lengths), strict=True)), device))
+        return Tables.join(sequence_tables(lengths if size is None else size.filled(lengths)))
 
     @classmethod
-    def _from_tables(cls, lengths: list[int], tables: dict[str, Tensor], prefix: str = "") -> "SequenceLayout":
-        cu, owner_P, place_P = (tables[prefix + name] for name in _TABLE_NAMES)
-        return cls(lengths, max(lengths), cu.to(torch.int32), owner_P, place_P)
+    def of(cls, tables: "Tables", lengths: list[int], size: SizeClass | None = None) -> "SequenceLayout":
+        """The layout that `tables` were made for. With a size class the lengths may be any that fill it."""
+        return cls._of_parts(tables.parts(), lengths, None if size is None else size.max_len)
+
+    @classmethod
+    def _of_parts(cls, parts: Sequence[Tensor], lengths: list[int], max_len: int | None) -> "SequenceLayout":
+        cu, owner_P, place_P = parts
+        bound = max(lengths) if max_len is None else max_len
+        return cls(lengths, bound, cu.to(torch.int32), owner_P, place_P, max_len is not None)
 
     @cached_property
     def dense_groups(self) -> "list[DenseGroup]":
@@ -115,27 +132,30 @@ class SequenceLayout:
         A single clip of 30 s among short ones would otherwise pad them all to 30 s.
         """
         lengths_B = torch.tensor(self.lengths)
-        _, owner_P, place_P = _tables(self.lengths)
-        octave_B = torch.log2(self.max_len / lengths_B).long()
-        if len(self.lengths) * self.max_len**2 <= _MAX_PADDING * int(lengths_B.square().sum()):
+        _, owner_P, place_P = sequence_tables(self.lengths)
+        longest, num_sequences = int(lengths_B.max()), int((lengths_B > 0).sum())
+        octave_B = torch.log2(longest / lengths_B.clamp(min=1)).long()
+        if num_sequences * longest**2 <= _MAX_PADDING * int(lengths_B.square().sum()):
             octave_B = torch.zeros_like(lengths_B)
+        octave_B[lengths_B == 0] = -1  # in no batch
         groups = []
-        for octave in octave_B.unique().tolist():
+        for octave in octave_B[lengths_B > 0].unique().tolist():
             members_B = octave_B == octave
             batch, max_len = int(members_B.sum()), int(lengths_B[members_B].max())
             tokens_P = members_B[owner_P].nonzero()[:, 0]
             rank_B = members_B.cumsum(0) - 1
             rows_P = rank_B[owner_P[tokens_P]] * max_len + place_P[tokens_P]
             mask_BL = torch.arange(max_len) < lengths_B[members_B][:, None]
-            moved = _ship({"tokens": tokens_P, "rows": rows_P, "mask": mask_BL.flatten().long()}, self.owner_P.device)
+            tables = Tables.join([tokens_P, rows_P, mask_BL.flatten().long()]).to(self.owner_P.device)
+            tokens_P, rows_P, mask = tables.parts()
             is_padded = batch * max_len > len(tokens_P)
             groups.append(
                 DenseGroup(
                     batch=batch,
                     max_len=max_len,
-                    tokens_P=None if batch == len(self.lengths) else moved["tokens"],
-                    rows_P=moved["rows"] if is_padded else None,
-                    key_mask_BL=moved["mask"].bool().view(batch, max_len) if is_padded else None,
+                    tokens_P=None if batch == num_sequences else tokens_P,
+                    rows_P=rows_P if is_padded else None,
+                    key_mask_BL=mask.bool().view(batch, max_len) if is_padded else None,
                 )
             )
         return groups
@@ -177,80 +197,127 @@ class AudioLayout:
     """int64, the second; the same as the first for a clip of one token."""
 
     @classmethod
-    def build(cls, num_samples: Sequence[int], pool: int, max_frames: int, device: torch.device | str) -> "AudioLayout":
-        """`pool` is 1 or 2, `max_frames` the tower's reach. Raises ValueError for a clip that is empty or too long."""
-        limit = max_frames * HOP
-        if not num_samples:
-            raise ValueError("num_samples: got an empty pack, need at least one clip")
-        for i, samples in enumerate(num_samples):
-            if not 1 <= samples <= limit:
-                seconds = limit / SAMPLE_RATE
-                raise ValueError(f"num_samples[{i}]: got {samples}, allowed are 1 to {limit} ({seconds:g} s at 16 kHz)")
-        num_frames = [-(-samples // HOP) for samples in num_samples]
+    def build(
+        cls,
+        num_samples: Sequence[int],
+        pool: int,
+        max_frames: int,
+        device: torch.device | str,
+        size: SizeClass | None = None,
+    ) -> "AudioLayout":
+        """`pool` is 1 or 2, `max_frames` the tower's reach; `size` fills the pack up to a class.
+
+        Raises ValueError for a clip that is empty or too long.
+        """
+        tables = cls.tables(num_samples, pool, max_frames, size)
+        num_frames = frames_of(num_samples, max_frames)
+        num_tokens = [tokens_of(frames) for frames in num_frames]
+        return cls.of(tables.to(device), num_frames, num_tokens, pool, max_frames, size)
+
+    @classmethod
+    def tables(cls, num_samples: Sequence[int], pool: int, max_frames: int, size: SizeClass | None = None) -> "Tables":
+        """Everything of a layout that goes to the device. Raises as `build`."""
+        num_frames = frames_of(num_samples, max_frames)
         kept = [min(frames + TAIL_FRAMES, max_frames) for frames in num_frames]
         slots = [frames + GAP_FRAMES + frames % 2 for frames in kept]
-        num_tokens = [(frames - 1) // 2 + 1 for frames in num_frames]
-        # A clip of one token has no pair to average; it keeps its token where the published code would return none.
-        num_pooled = [max(1, tokens // pool) for tokens in num_tokens]
+        own_tokens = [tokens_of(frames) for frames in num_frames]
+        own_pooled = [pooled_of(tokens, pool) for tokens in own_tokens]
+        num_tokens = own_tokens if size is None else size.filled(own_tokens)
+        num_pooled = own_pooled if size is None else size.filled_pooled(own_pooled)
+        num_dummies, num_own, num_own_pooled = len(num_tokens) - len(kept), sum(own_tokens), sum(own_pooled)
 
-        slot_cu, owner_T, place_T = _tables(slots)
-        token_cu, token_owner_P, token_place_P = _tables(num_tokens)
-        pooled_cu, pooled_owner_Q, pooled_place_Q = _tables(num_pooled)
+        slot_cu, owner_T, place_T = sequence_tables(slots)
+        is_kept_T = (place_T < torch.tensor(kept)[owner_T]).long()
+        token_cu, token_owner_P, token_place_P = sequence_tables(num_tokens)
+        pooled_cu, pooled_owner_Q, pooled_place_Q = sequence_tables(num_pooled)
         samples_B = torch.tensor(list(num_samples), dtype=torch.int64)
-        pool_first_Q = token_cu[:-1][pooled_owner_Q] + pooled_place_Q * pool
-        tables = _ship(
-            {
-                "owner_T": owner_T,
-                "place_T": place_T,
-                "is_kept_T": (place_T < torch.tensor(kept)[owner_T]).long(),
-                "sample_start_B": samples_B.cumsum(0) - samples_B,
-                "num_samples_B": samples_B,
-                "num_frames_B": torch.tensor(num_frames),
-                "token_slot_P": slot_cu[:-1][token_owner_P] // 2 + token_place_P,
-                "token_cu": token_cu,
-                "token_owner": token_owner_P,
-                "token_place": token_place_P,
-                "pooled_cu": pooled_cu,
-                "pooled_owner": pooled_owner_Q,
-                "pooled_place": pooled_place_Q,
-                "pool_first_Q": pool_first_Q,
-                "pool_second_Q": torch.minimum(pool_first_Q + pool - 1, token_cu[1:][pooled_owner_Q] - 1),
-            },
-            device,
+        token_slot_P = slot_cu[:-1][token_owner_P[:num_own]] // 2 + token_place_P[:num_own]
+        owner_Q = pooled_owner_Q[:num_own_pooled]
+        pool_first_Q = token_cu[:-1][owner_Q] + pooled_place_Q[:num_own_pooled] * pool
+        pool_second_Q = torch.minimum(pool_first_Q + pool - 1, token_cu[1:][owner_Q] - 1)
+        if size is not None:
+            # Dummy tokens are what the convolutions make of gap slots, dummy pooled tokens are pairs of them; pooled
+            # tokens that are left over share the last token.
+            num_slots, last = size.num_slots - len(owner_T), len(token_owner_P) - 1
+            owner_T = torch.cat([owner_T, torch.full((num_slots,), len(kept))])
+            place_T, is_kept_T = (
+                torch.cat([t, torch.zeros(num_slots, dtype=torch.int64)]) for t in (place_T, is_kept_T)
+            )
+            token_slot_P = torch.cat([token_slot_P, sum(slots) // 2 + torch.arange(last + 1 - num_own)])
+            first_Q = num_own + pool * torch.arange(len(pooled_owner_Q) - num_own_pooled)
+            pool_first_Q = torch.cat([pool_first_Q, first_Q.clamp(max=last)])
+            pool_second_Q = torch.cat([pool_second_Q, (first_Q + pool - 1).clamp(max=last)])
+        none_B = torch.zeros(num_dummies, dtype=torch.int64)
+        return Tables.join(
+            [
+                owner_T,
+                place_T,
+                is_kept_T,
+                torch.cat([samples_B.cumsum(0) - samples_B, none_B]),
+                torch.cat([samples_B, none_B]),
+                torch.cat([torch.tensor(num_frames), none_B + 1]),
+                token_slot_P,
+                token_cu,
+                token_owner_P,
+                token_place_P,
+                pooled_cu,
+                pooled_owner_Q,
+                pooled_place_Q,
+                pool_first_Q,
+                pool_second_Q,
+            ]
         )
+
+    @classmethod
+    def of(
+        cls,
+        tables: "Tables",
+        num_frames: Sequence[int],
+        num_tokens: Sequence[int],
+        pool: int,
+        max_frames: int,
+        size: SizeClass | None = None,
+    ) -> "AudioLayout":
+        """The layout that `tables` were made for. With a size class, frames and tokens may be any that fit it."""
+        parts = tables.parts()
+        num_pooled = [pooled_of(tokens, pool) for tokens in num_tokens]
+        num_frames = list(num_frames)
+        if size is not None:
+            num_frames += [1] * (size.num_sequences - len(num_frames))
+            num_tokens, num_pooled = size.filled(num_tokens), size.filled_pooled(num_pooled)
         return cls(
             num_frames=num_frames,
             max_frames=max_frames,
-            owner_T=tables["owner_T"],
-            place_T=tables["place_T"],
-            is_kept_T=tables["is_kept_T"].bool(),
-            sample_start_B=tables["sample_start_B"],
-            num_samples_B=tables["num_samples_B"],
-            num_frames_B=tables["num_frames_B"],
-            token_slot_P=tables["token_slot_P"],
-            tokens=SequenceLayout._from_tables(num_tokens, tables, "token_"),
-            pooled=SequenceLayout._from_tables(num_pooled, tables, "pooled_"),
-            pool_first_Q=tables["pool_first_Q"],
-            pool_second_Q=tables["pool_second_Q"],
+            owner_T=parts[0],
+            place_T=parts[1],
+            is_kept_T=parts[2].bool(),
+            sample_start_B=parts[3],
+            num_samples_B=parts[4],
+            num_frames_B=parts[5],
+            token_slot_P=parts[6],
+            tokens=SequenceLayout._of_parts(parts[7:10], list(num_tokens), None if size is None else size.max_len),
+            pooled=SequenceLayout._of_parts(parts[10:13], num_pooled, None if size is None else size.max_pooled),
+            pool_first_Q=parts[13],
+            pool_second_Q=parts[14],
         )
 
 
-_TABLE_NAMES = ("cu", "owner", "place")
+def frames_of(num_samples: Sequence[int], max_frames: int) -> list[int]:
+    """Mel frames of each clip. Raises ValueError for an empty pack, and for a clip that is empty or too long."""
+    limit = max_frames * HOP
+    if not num_samples:
+        raise ValueError("num_samples: got an empty pack, need at least one clip")
+    for i, samples in enumerate(num_samples):
+        if not 1 <= samples <= limit:
+            seconds = limit / SAMPLE_RATE
+            raise ValueError(f"num_samples[{i}]: got {samples}, allowed are 1 to {limit} ({seconds:g} s at 16 kHz)")
+    return [-(-samples // HOP) for samples in num_samples]
 
 
-def _tables(lengths: Sequence[int]) -> list[Tensor]:
-    """Cumulative lengths [B + 1], owner and place of each packed element, int64 on the CPU."""
-    lengths_B = torch.tensor(list(lengths), dtype=torch.int64)
-    cu = torch.zeros(len(lengths_B) + 1, dtype=torch.int64)
-    torch.cumsum(lengths_B, 0, out=cu[1:])
-    owner = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B)
-    return [cu, owner, torch.arange(len(owner)) - cu[:-1][owner]]
+def tokens_of(frames: int) -> int:
+    return (frames - 1) // 2 + 1
 
 
-def _ship(tables: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Move int64 tables to the device in one asynchronous copy."""
-    flat = torch.cat(list(tables.values()))
-    if torch.device(device).type == "cuda":
-        flat = flat.pin_memory()
-    moved = flat.to(device, non_blocking=True).split([len(table) for table in tables.values()])
-    return dict(zip(tables, moved, strict=True))
+def pooled_of(tokens: int, pool: int) -> int:
+    """A clip of one token has no pair to average; it keeps its token where the published code would return none."""
+    return max(1, tokens // pool)

@@ -9,6 +9,7 @@ Trainable = Literal["lora", "full"]
 BaseDtype = Literal["auto", "bf16", "fp32"]
 AttentionName = Literal["auto", "tile", "flash", "varlen", "sdpa"]
 KernelsName = Literal["auto", "triton", "torch"]
+GraphsName = Literal["auto", "on", "off"]
 
 
 @dataclass
@@ -39,6 +40,8 @@ class ModelSettings:
     """Attention kernel; auto takes our tiles for packs of short sequences, else flash_attn, else torch's varlen, else scaled_dot_product_attention."""  # noqa: E501
     kernels: KernelsName = "auto"
     """Memory-bound steps of the towers as Triton kernels, which keep less for the backward pass; auto takes them on CUDA. torch: plain operations."""  # noqa: E501
+    cuda_graphs: GraphsName = "auto"
+    """Towers train as CUDA graphs, one for each size of batch: no waiting for launches. auto: where they can be."""
     checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about half as much time again."""
     tower_dropout: float = 0.0
@@ -61,6 +64,7 @@ class ModelSettings:
             "base_dtype": ("auto", "bf16", "fp32"),
             "attention": ("auto", "tile", "flash", "varlen", "sdpa"),
             "kernels": ("auto", "triton", "torch"),
+            "cuda_graphs": ("auto", "on", "off"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:

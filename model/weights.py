@@ -153,9 +153,7 @@ def load_parts(source: Source, parts: Mapping[str, nn.Module], device: torch.dev
                 place_parameter(parts[part], path, value)
 
 
-def stream_tensors(
-    source: Source, parts: Collection[str | None]
-) -> Iterator[tuple[str, str | None, Tensor]]:
+def stream_tensors(source: Source, parts: Collection[str | None]) -> Iterator[tuple[str, str | None, Tensor]]:
     """The tensors of a checkpoint one at a time, file after file: its key, the path of our parameter (`audio_tower...`;
     None where it is none of ours), its value. `parts`: of which shards at least (ALL_PARTS: of all). Raises ValueError
     as `load_parts` does."""

@@ -22,6 +22,7 @@ from bin.rundir import (
     save_trained,
     tell_status,
 )
+from bin.update import make_update
 from data.clips import load_clips
 from data.drops import DropLog
 from data.loader import Loader
@@ -56,12 +57,13 @@ def start(flags: Callable[..., list[str]]) -> Start:
         with torch.no_grad():
             for _, param in named:
                 param.add_(torch.randn_like(param) * 0.1)
-        optimizer = torch.optim.AdamW(parameter_groups(named, built.sources, 0.1, 1.0), lr=1e-3)
+        groups = parameter_groups(named, built.sources, 0.1, 1.0)
+        update = make_update(groups, named, 1e-3, 0.999, config.train.flat_optimizer)
         factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(factor, mode="max", factor=0.5, patience=1)
         clips = load_clips(config.data.train_samples_path, config.data, DropLog())
         loader = Loader(clips, config.train.batch_size, built.tokenizer, config.data, seed=config.train.seed)
-        return Resumable(config, built, temperature, optimizer, named, plateau, loader)
+        return Resumable(config, built, temperature, update, named, plateau, loader)
 
     return make
 
@@ -77,8 +79,12 @@ def step(run: Resumable, count: int = 1) -> None:
     """Optimizer steps along gradients out of torch's random numbers."""
     for _ in range(count):
         for _, param in run.named:
-            param.grad = torch.randn_like(param)
-        run.optimizer.step()
+            gradient = torch.randn_like(param)
+            if param.grad is None:
+                param.grad = gradient
+            else:  # a view of the flat buffer
+                param.grad.copy_(gradient)
+        run.update.optimizer.step()
 
 
 def values(run: Resumable) -> dict[str, torch.Tensor]:
@@ -190,6 +196,24 @@ def test_a_checkpoint_brings_everything_back(start: Start, store: CheckpointStor
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["flat to plain", "plain to flat"])
+def test_a_checkpoint_goes_from_flat_to_plain_and_back(start: Start, store: CheckpointStore, before: bool) -> None:
+    flags = {True: ("--flat_optimizer",), False: ("--no-flat_optimizer",)}
+    first, second = start(*flags[before]), start(*flags[not before], seed=9)
+    step(first, 2)
+    save_checkpoint(store, first, RunState(step=2), None)
+    checkpoint = store.latest_good()
+    assert checkpoint is not None
+    load_checkpoint(store, checkpoint, second)
+    assert_same(values(second), values(first))
+    torch.manual_seed(5)
+    step(first, 2)
+    torch.manual_seed(5)
+    step(second, 2)
+    for name, value in values(second).items():
+        torch.testing.assert_close(value, values(first)[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_a_checkpoint_of_a_run_without_bank_and_evaluation(start: Start, store: CheckpointStore) -> None:
     run = start()
     save_checkpoint(store, run, RunState(step=1), None)
@@ -241,7 +265,7 @@ def test_another_runs_checkpoint_is_refused_and_changes_nothing(
         load_checkpoint(store, checkpoint, other)
     assert_same(values(other), before)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not other.optimizer.state
+    assert not other.update.optimizer.state
 
 
 # --- trained models --------------------------------------------------------------------------------------------------

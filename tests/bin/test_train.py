@@ -142,6 +142,35 @@ def test_sigterm_saves_a_checkpoint_from_which_the_run_ends_as_if_undisturbed(fl
     assert trained_sha256(run) == trained_sha256(tmp_path / "runs" / "undisturbed")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+def test_a_graphed_run_that_is_stopped_goes_on_as_if_undisturbed(flags: Flags, tmp_path: Path) -> None:
+    """The host reads a step late there, and graphs are captured at other steps: dropout must not notice."""
+    settings = [
+        *("--device", "cuda", "--trainable", "lora", "--lora_targets", "*.q_proj", "*.v_proj", "--cuda_graphs", "on"),
+        *("--batch_size", "4", "--epochs", "3", "--save_every", "50", "--log_every", "4"),
+    ]
+    assert train(flags(*settings, "--run_name", "undisturbed")) == 0
+    real_step, steps_done = torch.optim.AdamW.step, 0
+
+    def step_then_signal(self: torch.optim.AdamW, *args: object) -> object:
+        nonlocal steps_done
+        steps_done += 1
+        if steps_done == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step_then_signal)
+        assert train(flags(*settings, "--run_name", "stopped")) == 0
+    run = tmp_path / "runs" / "stopped"
+    assert read_status(run)["state"] == "preempted"
+    assert read_status(run)["step"] == 10  # sent with the ninth, read at the next: neither is logged
+    assert train(flags(*settings, "--run_name", "stopped", "--resume", "auto")) == 0
+    losses = [metrics(tmp_path / "runs" / name, "train/loss") for name in ("stopped", "undisturbed")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert metrics(run, "train/num_graphs")[-1] >= 2
+
+
 def test_two_ranks_train_the_same_model_as_one_and_measure_the_same(flags: Flags, tmp_path: Path) -> None:
     """Negatives come from all ranks and gradients are summed: the global batch decides, not how it is spread."""
     settings = ["--tower_dropout", "0", "--epochs", "2", "--no-center_heads", "--lr", "1e-3", "--learn_temperature"]
@@ -239,6 +268,16 @@ def test_checkpointing_changes_nothing(flags: Flags, tmp_path: Path) -> None:
         assert train(flags("--run_name", name, "--epochs", "1", *more)) == 0
     losses = [metrics(tmp_path / "runs" / name, "train/loss") for name in ("plain", "checkpointed")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_flat_optimizer_trains_as_the_plain_one_does(flags: Flags, tmp_path: Path) -> None:
+    more = ("--epochs", "2", "--log_every", "2", "--learn_temperature", "--grad_accum_steps", "2")
+    for name, setting in (("flat", "--flat_optimizer"), ("plain", "--no-flat_optimizer")):
+        assert train(flags("--run_name", name, setting, *more)) == 0
+    losses = [metrics(tmp_path / "runs" / name, "train/loss") for name in ("flat", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    norms = [metrics(tmp_path / "runs" / name, "train/grad_norm") for name in ("flat", "plain")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_a_dead_adapter_is_found_at_the_first_step(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:

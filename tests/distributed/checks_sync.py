@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed import gradsync
-from distributed.health import missing_gradients
+from distributed.flat import FlatParameters
+from distributed.health import ArrivingGradients
 
 
 class TwoTowers(nn.Module):
@@ -58,9 +59,10 @@ def submodules_called_past_forward_are_synced(world, folder):
 
 def missing_gradients_count_as_zeros(world, folder):
     model = TwoTowers()
+    arriving = ArrivingGradients(model.named_parameters())
     if world.rank == 1:
         model.audio(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
-    assert missing_gradients(model.named_parameters()) == ["text.weight", "text.bias"]  # audio has one on some rank
+    assert arriving.missing() == ["text.weight", "text.bias"]  # audio has one on some rank
     model.text.bias.requires_grad_(False)
     gradsync.sync_gradients(model.parameters())
     assert torch.equal(model.audio.weight.grad, torch.ones(4, 5, dtype=torch.float64))
@@ -75,6 +77,24 @@ def mixed_dtypes_have_their_own_buffers(world, folder):
     gradsync.sync_gradients(params)
     for param in params:
         assert torch.equal(param.grad, torch.full_like(param, sum(range(1, world.world_size + 1))))
+
+
+def flat_gradients_and_tail_are_summed_in_one_call(world, folder):
+    model, reference = TwoTowers(), TwoTowers()
+    named = list(model.named_parameters())
+    flat = FlatParameters([named[:1], named[1:]], num_tail=3)
+    for own in (model, reference):
+        own(*_data(world.rank)).backward()
+    flat.tail_X[1] = float("nan") if world.rank == 0 else 1.0
+    flat.tail_X[2] = 1.0
+    flat.sum_over_ranks()
+    gradsync.sync_gradients(reference.parameters())
+    for own, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-12, atol=1e-12)
+    assert flat.tail_X[0] == 0.0
+    assert flat.tail_X[1].isnan()
+    assert flat.tail_X[2] == world.world_size
+    torch.testing.assert_close(flat.gradient_norm(), gradsync.clip_gradients(reference.parameters()))
 
 
 def differing_parameter_is_named_on_every_rank(world, folder):

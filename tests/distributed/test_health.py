@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distributed import gradsync
-from distributed.health import NonFiniteGuard, missing_gradients, nonfinite_gradients
+from distributed.health import ArrivingGradients, NonFiniteGuard, nonfinite_gradients
 
 
 def test_a_non_finite_norm_is_reported_and_spreads_no_nan():
@@ -22,20 +22,25 @@ def test_a_non_finite_norm_is_reported_and_spreads_no_nan():
 
 def test_guard_lets_a_few_steps_go_then_names_the_culprit(caplog):
     guard = NonFiniteGuard(3)
-    assert guard.accepts(1, loss=1.0, grad_norm=2.0)
-    assert not guard.accepts(2, loss=math.nan, grad_norm=2.0)
-    assert not guard.accepts(3, loss=1.0, grad_norm=math.inf)
-    assert guard.accepts(4, loss=1.0, grad_norm=2.0)  # the count starts anew
+    assert guard.check(1, loss=1.0, grad_norm=2.0)
+    assert not guard.check(2, loss=math.nan, grad_norm=2.0)
+    assert not guard.check(3, loss=1.0, grad_norm=math.inf)
+    assert guard.check(4, loss=1.0, grad_norm=2.0)  # the count starts anew
     for step in (5, 6):
-        assert not guard.accepts(step, loss=math.nan)
+        assert not guard.check(step, loss=math.nan)
     assert "step 6 is skipped: loss is nan (2 in a row)" in caplog.text
     with pytest.raises(RuntimeError, match=r"grad_norm is inf at step 7: 3 such steps in a row"):
-        guard.accepts(7, loss=1.0, grad_norm=math.inf)
+        guard.check(7, loss=1.0, grad_norm=math.inf)
     assert guard.num_skipped == 5
 
 
 def test_missing_gradients_are_named_but_zeros_and_frozen_are_fine():
-    params = {name: nn.Parameter(torch.zeros(2)) for name in ("zeros", "none", "frozen")}
-    params["zeros"].grad = torch.zeros(2)
+    params = {name: nn.Parameter(torch.zeros(2)) for name in ("zeros", "none", "frozen", "before")}
     params["frozen"].requires_grad_(False)
-    assert missing_gradients(params.items()) == ["none"]
+    params["before"].sum().backward()
+    for param in params.values():
+        param.grad = torch.zeros(2)  # a buffer that is always there says nothing
+    arriving = ArrivingGradients(params.items())
+    (params["zeros"] * 0).sum().backward()
+    assert arriving.missing() == ["none", "before"]
+    assert not params["zeros"]._post_accumulate_grad_hooks

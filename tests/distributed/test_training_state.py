@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from distributed.atomic import json_bytes, read_tensors, write_tensors
+from distributed.flat import FlatParameters
 from distributed.training_state import (
     pack_optimizer,
     pack_plateau,
@@ -52,6 +53,65 @@ def test_resumed_optimizer_goes_on_bit_by_bit(tmp_path, options):
     train(resumed, second, range(3, 6))
     for expected, param in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(param, expected)
+
+
+def make_flat(lr=1e-2):
+    """The same model and groups as `make`, held flat."""
+    model, plain = make(lr)
+    name_of = {param: name for name, param in model.named_parameters()}
+    flat = FlatParameters([[(name_of[p], p) for p in group["params"]] for group in plain.param_groups], num_tail=2)
+    held = zip(plain.param_groups, flat.groups, strict=True)
+    groups = [group | {"params": [param], "foreach": None} for group, param in held]
+    return model, flat, torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def train_flat(model, flat, optimizer, steps):
+    for step in steps:
+        flat.zero()
+        generator = torch.Generator().manual_seed(step)
+        (model(torch.randn(5, 3, generator=generator)).pow(2).mean() * model.log_inv_temperature).backward()
+        optimizer.step()
+
+
+def test_a_flat_optimizer_packs_and_resumes_what_a_plain_one_would(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, range(3))
+    expected, expected_hyper = pack_optimizer(optimizer, model.named_parameters())
+    write_tensors(tmp_path / "optim.safetensors", expected)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    flat_model, flat, flat_optimizer = make_flat()
+    train_flat(flat_model, flat, flat_optimizer, range(3))
+    found, hyper = pack_optimizer(flat_optimizer, flat_model.named_parameters(), flat)
+    assert [group["params"] for group in hyper["groups"]] == [group["params"] for group in expected_hyper["groups"]]
+    assert hyper["state"] == expected_hyper["state"]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-9)
+
+    train(model, optimizer, range(3, 6))
+    resumed, flat, second = make_flat(lr=5.0)
+    resumed.load_state_dict(weights)
+    saved = read_tensors(tmp_path / "optim.safetensors")
+    unpack_optimizer(second, resumed.named_parameters(), saved, expected_hyper, flat)
+    back, _ = pack_optimizer(second, resumed.named_parameters(), flat)
+    assert all(torch.equal(back[name], value) for name, value in saved.items())
+    train_flat(resumed, flat, second, range(3, 6))
+    for expected_param, param in zip(model.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(param, expected_param, rtol=1e-5, atol=1e-7)
+
+
+def test_what_cannot_be_held_flat_is_refused():
+    model, optimizer = make()
+    train(model, optimizer, range(2))
+    tensors, hyper = pack_optimizer(optimizer, model.named_parameters())
+    other, flat, flat_optimizer = make_flat()
+    uneven = tensors | {"0.weight/step": torch.tensor(7.0)}
+    with pytest.raises(ValueError, match="have had 2 to 7 updates; use --no-flat_optimizer"):
+        unpack_optimizer(flat_optimizer, other.named_parameters(), uneven, hyper, flat)
+    partly = {name: value for name, value in tensors.items() if not name.startswith("0.weight")}
+    with pytest.raises(ValueError, match="some have none"):
+        unpack_optimizer(flat_optimizer, other.named_parameters(), partly, hyper | {"state": sorted(partly)}, flat)
+    assert not flat_optimizer.state
 
 
 def test_newly_given_settings_win_and_are_logged(caplog):

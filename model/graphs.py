@@ -1,0 +1,283 @@
+"""The towers' training passes as CUDA graphs: one launch where there were thousands.
+
+    eager:     pack -> tables, mel (or ids), filled up to a size class (model/sizes.py)
+    replayed:  -> tower -> mean -> head -> embeddings                             forward graph of the class
+    eager:     own rows cut out -> gathered -> loss -> their gradient
+    replayed:  dummies' gradient zero -> tower, backwards -> added to `.grad`     backward graph of the class
+
+Each class is captured when it first comes up, after one eager pass with the same inputs that lets libraries and kernels
+make themselves ready. All classes of a side share one memory pool: what a forward graph leaves there is only good
+until the next one runs. Dropout draws from torch's generator, which hands each replay the numbers that an eager pass
+would have drawn; the preparations draw none. (Reference: PyTorch's notes on CUDA graphs.)
+
+Weights are read where they lie and gradients added where they lie, so neither may move: see distributed/flat.py.
+
+Shapes: N sequences, P packed tokens, T mel frame slots, M mels, E embedding.
+"""
+
+import gc
+import logging
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model.attention import resolve_backend
+from model.audio_tower import AudioAttention
+from model.dual import DualEncoder
+from model.packing import AudioLayout, AudioPack, SequenceLayout, TextPack, frames_of, tokens_of
+from model.sizes import SizeClass
+from model.tables import Tables
+from model.text_tower import TextAttention
+
+logger = logging.getLogger(__name__)
+
+MAX_CAPTURES = 64
+"""Size classes of both sides; what comes up beyond them runs eagerly."""
+LARGE_SHARE = 0.05
+"""Of the device's memory: a side that holds more makes room before it captures a class larger than all it has."""
+SHORTEST_AUDIO, SHORTEST_TEXT = 64, 16
+"""Least bound of a class on its longest sequence, in tokens."""
+
+
+def why_no_graphs(model: DualEncoder) -> str | None:
+    """What keeps this model's training from running as CUDA graphs; None: nothing."""
+    if model.device.type != "cuda":
+        return f"it computes on {model.device.type}"
+    if model.windows is not None:
+        return "readout=maxsim counts its windows on the host"
+    if model.audio_tower.num_checkpointed or model.language_model.num_checkpointed:
+        return "checkpointing is on"
+    if model.audio_tower.layer_norm.weight.requires_grad:
+        return "trainable=full"
+    for module in model.modules():
+        if isinstance(module, AudioAttention | TextAttention):
+            backend = resolve_backend(module.attention, model.device, model.compute_dtype, module.heads.head_dim)
+            if backend == "sdpa":
+                return "attention is sdpa, whose shapes follow the lengths"
+    return None
+
+
+def add_graphs(model: DualEncoder, wanted: str, keeps_gradients: bool) -> "TowerGraphs | None":
+    """Let a model train with CUDA graphs, if it can. To be called when it has all that trains.
+
+    wanted: auto, on or off. keeps_gradients: whether weights and `.grad` stay where they are for the whole run. Raises
+    ValueError when they are `on` and cannot be.
+    """
+    reason = why_no_graphs(model) or (None if keeps_gradients else "gradients move with flat_optimizer off")
+    if wanted == "on" and reason is not None:
+        raise ValueError(f"cuda_graphs: got 'on', but {reason}; use auto or off")
+    if wanted == "off" or reason is not None:
+        if wanted == "auto" and model.device.type == "cuda":
+            logger.info("no CUDA graphs: %s; small batches are slower", reason)
+        return None
+    model.graphs = TowerGraphs(model)
+    return model.graphs
+
+
+@dataclass(eq=False)
+class _Side:
+    """One encoder. `run` gives the embeddings of a class from its tables and its mel or ids, all on the device, and
+    the lengths in tokens, which a capture leaves away: what it records must not depend on them."""
+
+    name: str
+    run: Callable[[SizeClass, Tables, Tensor, Sequence[int]], Tensor]
+    captures: dict[SizeClass, "_Capture"] = field(default_factory=dict)
+    pool: Any = None  # torch.cuda.MemPool, made for the first capture
+    num_bytes: int = 0  # that the captures have taken from the device
+    in_use: "weakref.ref[_Ticket] | None" = None  # by a forward pass whose backward pass is to come
+
+    def make_room(self, size: SizeClass, device: torch.device) -> None:
+        """Drop all captures before one that is larger, if they hold much: it cannot use their memory, whose pieces are
+        too small, while smaller ones can use its own. They are captured again when they come up."""
+        largest = max((known.num_tokens for known in self.captures), default=size.num_tokens)
+        total = torch.cuda.get_device_properties(device).total_memory
+        if size.num_tokens > largest and self.num_bytes > LARGE_SHARE * total:
+            torch.cuda.synchronize(device)
+            self.captures.clear()
+            self.pool, self.num_bytes = None, 0
+
+    def is_busy(self) -> bool:
+        return self.in_use is not None and self.in_use() is not None
+
+
+class _Ticket:
+    """Held by an embedding's history: while it lives, the side's memory is not to be written."""
+
+
+class TowerGraphs:
+    """Stands in for the training passes of a model's `encode_audio` and `encode_text`.
+
+    Packs are filled up to size classes from the first on, so that numbers drawn for dropout do not depend on when a
+    class is captured. captures: without, everything runs eagerly (on a CPU, or for comparison).
+    """
+
+    def __init__(self, model: DualEncoder, captures: bool = True, most: int = MAX_CAPTURES) -> None:
+        self._model, self._captures, self._most = model, captures, most
+        self._is_started = False
+        self._params: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+        self._anchor = torch.zeros((), device=model.device, requires_grad=True)  # gives replays a place in the history
+        self._stream = torch.cuda.Stream(model.device) if captures else None
+        self._audio, self._text = _Side("audio", self._run_audio), _Side("text", self._run_text)
+        self._capture_s, self._num_captures, self._has_told = 0.0, 0, False
+        self._num_tokens = self._num_dummies = 0
+
+    def start(self) -> None:
+        """From now on capture. Before, passes are eager, so that hooks on parameters see their gradients."""
+        self._is_started = True
+
+    @property
+    def num_captures(self) -> int:
+        """Captures so far: a forward and a backward graph each."""
+        return self._num_captures
+
+    @property
+    def capture_s(self) -> float:
+        """Seconds that captures have taken."""
+        return self._capture_s
+
+    @property
+    def waste(self) -> float:
+        """Dummy tokens so far, as a share of own ones."""
+        return self._num_dummies / max(1, self._num_tokens)
+
+    def encode_audio(self, pack: AudioPack) -> Tensor:
+        """As DualEncoder.encode_audio."""
+        model, config = self._model, self._model.audio_tower.config
+        frames = frames_of(pack.num_samples, config.max_frames)
+        num_tokens = [tokens_of(count) for count in frames]
+        size = SizeClass.of(num_tokens, SHORTEST_AUDIO, config.max_positions, config.pool)
+        tables = AudioLayout.tables(pack.num_samples, config.pool, config.max_frames, size).to(model.device)
+        with torch.no_grad():
+            mel_TM = model.mel(pack.to(model.device, non_blocking=True), self._audio_layout(size, tables, num_tokens))
+        return self._encode(self._audio, size, tables, mel_TM, num_tokens)
+
+    def encode_text(self, pack: TextPack) -> Tensor:
+        """As DualEncoder.encode_text."""
+        model, limit = self._model, self._model.language_model.config.max_positions
+        if pack.lengths and max(pack.lengths) > limit:
+            raise ValueError(f"lengths: the longest is {max(pack.lengths)} tokens, the text tower takes {limit}")
+        size = SizeClass.of(pack.lengths, SHORTEST_TEXT, limit)
+        tables = SequenceLayout.tables(pack.lengths, size).to(model.device)
+        ids_P = pack.to(model.device, non_blocking=True).ids_P
+        ids_P = nn.functional.pad(ids_P, (0, size.num_tokens - len(ids_P)))
+        return self._encode(self._text, size, tables, ids_P, pack.lengths)
+
+    def _audio_layout(self, size: SizeClass, tables: Tables, lengths: Sequence[int]) -> AudioLayout:
+        config = self._model.audio_tower.config
+        return AudioLayout.of(tables, [], lengths, config.pool, config.max_frames, size)
+
+    def _run_audio(self, size: SizeClass, tables: Tables, mel_TM: Tensor, lengths: Sequence[int]) -> Tensor:
+        return self._model.embed_mel(mel_TM, self._audio_layout(size, tables, lengths))
+
+    def _run_text(self, size: SizeClass, tables: Tables, ids_P: Tensor, lengths: Sequence[int]) -> Tensor:
+        filled = size.filled(lengths)
+        return self._model.embed_ids(TextPack(ids_P, filled), SequenceLayout.of(tables, filled, size))
+
+    def _encode(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor, lengths: Sequence[int]) -> Tensor:
+        self._num_tokens += sum(lengths)
+        self._num_dummies += size.num_tokens - sum(lengths)
+        capture = side.captures.get(size)
+        if capture is None and self._captures and self._is_started and not side.is_busy():
+            capture = self._try_capture(side, size, tables, payload)
+        if capture is None or side.is_busy():
+            return side.run(size, tables, payload, lengths)[: len(lengths)]
+        return _Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
+
+    def _try_capture(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor) -> "_Capture | None":
+        if len(self._audio.captures) + len(self._text.captures) >= self._most:
+            if not self._has_told:
+                logger.warning("%d size classes are CUDA graphs; further ones run eagerly", self._most)
+                self._has_told = True
+            return None
+        began, device = time.perf_counter(), self._model.device
+        assert self._stream is not None
+        side.make_room(size, device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        if side.pool is None:
+            side.pool = torch.cuda.MemPool()
+        side.captures[size] = capture = _Capture(side, size, tables, payload, self._params, self._stream)
+        torch.cuda.empty_cache()
+        side.num_bytes += max(0, torch.cuda.memory_reserved(device) - before)
+        self._num_captures += 1
+        seconds = time.perf_counter() - began
+        self._capture_s += seconds
+        logger.debug("captured %s %s in %.2f s: %d so far", side.name, size, seconds, self.num_captures)
+        return capture
+
+
+class _Capture:
+    """The two graphs of a size class, and the places where they read and write."""
+
+    def __init__(
+        self,
+        side: _Side,
+        size: SizeClass,
+        tables: Tables,
+        payload: Tensor,
+        params: list[nn.Parameter],
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self.side = side
+        self.flat, self.payload = tables.flat.clone(), payload.clone()
+        own = Tables(self.flat, tables.sizes)
+        kept_grads = [p.grad for p in params if p.grad is not None]
+        assert len(kept_grads) == len(params), "gradients must lie somewhere before a graph can add to them"
+        device = payload.device
+
+        # Ready: kernels compiled and loaded, workspaces of this stream made. In the pool, whose memory the capture then
+        # takes over, and without moving the random state.
+        drawn = torch.cuda.get_rng_state(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(side.pool):
+            out_NE = side.run(size, own, self.payload, [])
+            torch.autograd.grad(out_NE, params, torch.zeros_like(out_NE), allow_unused=True)
+            del out_NE
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.set_rng_state(drawn, device)
+
+        # Other threads (NCCL's, the loader's) may go on with CUDA calls of their own meanwhile.
+        place = {"pool": side.pool.id, "stream": stream, "capture_error_mode": "thread_local"}
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, **place):
+            out_NE = side.run(size, own, self.payload, [])
+        self.out_NE = out_NE.detach()
+        self.grad_NE = torch.zeros_like(self.out_NE)
+        with torch.cuda.graph(self.backward, **place):
+            found = torch.autograd.grad(out_NE, params, self.grad_NE, allow_unused=True)
+            reached = [(kept, new) for kept, new in zip(kept_grads, found, strict=True) if new is not None]
+            torch._foreach_add_([kept for kept, _ in reached], [new for _, new in reached])
+            del found, reached
+        # What the forward graph keeps for the backward graph is let go here, so that the next capture writes over it.
+        del out_NE
+
+
+class _Replay(torch.autograd.Function):
+    """The gradient of `anchor` is none: the backward graph itself adds to the parameters' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, capture: _Capture, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
+        capture.flat.copy_(flat)
+        capture.payload.copy_(payload)
+        capture.forward.replay()
+        ctx.capture, ctx.num_rows, ctx.ticket = capture, num_rows, _Ticket()
+        capture.side.in_use = weakref.ref(ctx.ticket)
+        return capture.out_NE[:num_rows].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[None, ...]:
+        capture = ctx.capture
+        assert ctx.ticket is not None, "what a forward graph kept is good for one backward pass"
+        capture.grad_NE.zero_()
+        capture.grad_NE[: ctx.num_rows].copy_(grad_NE)
+        capture.backward.replay()
+        capture.side.in_use = ctx.ticket = None
+        return None, None, None, None, None
