@@ -4,6 +4,7 @@ Speed and memory do not depend on what the weights are, so nothing is downloaded
 both InfoNCE losses, hard negatives off.
 """
 
+import gc
 import json
 import logging
 import tempfile
@@ -20,7 +21,7 @@ from bench.limits import synchronize
 from bench.random_checkpoint import make_config
 from bin.feed import FedBatch
 from bin.optimizer import parameter_groups
-from bin.step import loss_share
+from bin.step import Encoded, encode_in_passes, loss_share
 from distributed.gradsync import clip_gradients, sync_gradients
 from distributed.processes import World
 from lora.inject import inject_lora
@@ -108,16 +109,22 @@ class Training:
         groups = parameter_groups(self.named, built.sources, 0.01, 1.0)
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
 
-    def backward(self, fed: FedBatch) -> Tensor:
+    def backward(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
         """Loss and gradients of a batch; the loss detached, on the device."""
-        share, _, _ = loss_share(self.model, self.temperature, fed, self.objective, self.world, None)
+        passes = encode_in_passes(self.model, fed, clips_per_pass, num_kept)
+        share = self.share(fed, passes.encoded)
         share.backward()
+        passes.finish()
         return share.detach()
 
-    def step(self, fed: FedBatch) -> Tensor:
+    def share(self, fed: FedBatch, encoded: Encoded) -> Tensor:
+        """The loss of a batch whose embeddings are there."""
+        return loss_share(self.model, self.temperature, fed, self.objective, self.world, None, None, encoded)[0]
+
+    def step(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
         """One step; nothing here waits for the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(fed)
+        loss = self.backward(fed, clips_per_pass, num_kept)
         sync_gradients(self.params)
         clip_gradients(self.params, 1.0)
         self.optimizer.step()
@@ -184,6 +191,21 @@ def count_tokens(fed: FedBatch) -> tuple[int, int]:
     """(audio tokens, text tokens) that the towers' layers work on."""
     frames = [-(-samples // 160) for samples in fed.batch.num_samples]
     return sum((one - 1) // 2 + 1 for one in frames), sum(fed.batch.token_lengths)
+
+
+def release(training: Training) -> None:
+    """Give back what the last batch took, so that the next size starts even."""
+    training.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if training.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cap_memory(gib: float, device: torch.device) -> None:
+    """Let this process's allocator take no more than so much of the device, as if it were smaller."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
 
 
 def peak_gib(device: torch.device) -> float | None:

@@ -17,7 +17,6 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
-import gc
 import json
 import subprocess
 import time
@@ -28,7 +27,7 @@ import torch
 
 from bench.findings import Cell, Findings, run_alone
 from bench.limits import Limits, bench_device, synchronize
-from bench.ours import Shapes, Training, batches, build, time_steps
+from bench.ours import Shapes, Training, batches, build, release, time_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES, TINY_SIZES = (16, 64, 128, 256, 384, 512), (2, 4)
@@ -76,10 +75,7 @@ def time_ours(tiny: bool, started: float) -> None:
             found["out_of_memory"] = True
         print(json.dumps(found), flush=True)
         fed = []
-        training.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(training)
     print(json.dumps({"captures": captures.count}), flush=True)
 
 

@@ -64,10 +64,11 @@ class Passes:
     num_passes: int
 
 
-def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass: int) -> Passes:
+def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass: int, num_kept: int = 1) -> Passes:
     """Embed at most `clips_per_pass` clips of this rank at a time, each with its share of the strings; 0: all at once.
 
     More than one pass is the two-pass step of distributed/bigbatch.py: `finish` must be called after the backward pass.
+    num_kept: see `TwoPass`.
     """
     fed = FedBatch.of(batch)
     num_clips, num_strings = fed.batch.num_clips, len(fed.batch.token_lengths)
@@ -79,7 +80,7 @@ def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass
             chunk_bounds(num_clips, num_passes), chunk_bounds(num_strings, num_passes), window_counts, strict=True
         )
     ]
-    two_pass = TwoPass(encoders)
+    two_pass = TwoPass(encoders, num_kept)
     audio_BE, strings_E, window_WE = two_pass.rows
     clips = None if model.windows is None else WindowedClips(window_WE, list(itertools.chain(*window_counts)))
     encoded = Encoded(audio_BE, strings_E[: fed.batch.num_texts], strings_E[fed.batch.num_texts :], clips)

@@ -1,18 +1,15 @@
 """A step over real ranks is the step of one process, to rounding, in value and in every gradient."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-import bin.step
 from bin.step import center_heads, encode_batch, encode_in_passes, loss_share
 from data.glossary import Entry, Glossary
 from distributed.atomic import read_tensors
-from distributed.bigbatch import TwoPass
 from distributed.processes import World
 from losses.settings import LossSettings
 from tests.bin import ranks_step
@@ -85,16 +82,15 @@ def test_centring_measures_without_dropout_and_touches_nothing_but_biases(tmp_pa
 @pytest.mark.parametrize("readout", ["mean", "maxsim"])
 @pytest.mark.parametrize("clips_per_pass", [1, 3, 100])
 def test_a_batch_in_passes_has_the_gradients_of_one_pass_under_dropout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips_per_pass: int, readout: str
+    tmp_path: Path, clips_per_pass: int, readout: str
 ) -> None:
     """The reference keeps the graphs of the same chunks: other chunks would draw another dropout."""
 
     def gradients(num_kept: int) -> tuple[dict[str, Tensor], Tensor]:
-        monkeypatch.setattr(bin.step, "TwoPass", partial(TwoPass, num_kept=num_kept))
         built, temperature = build(tmp_path, tower_dropout=0.3, readout=readout, spec_time_masks=1)
         batch = batch_of(built, range(8))
         torch.manual_seed(3)
-        passes = encode_in_passes(built.model, batch, clips_per_pass)
+        passes = encode_in_passes(built.model, batch, clips_per_pass, num_kept)
         assert passes.num_passes == -(-8 // clips_per_pass)
         share, _, _ = loss_share(
             built.model, temperature, batch, ranks_step.SETTINGS, ALONE, None, bank_of(), passes.encoded
