@@ -76,12 +76,20 @@ def measure_limits(tiny: bool = False) -> Limits:
     device = bench_device()
     size, num_bytes = (TINY_MATRIX_SIZE, TINY_COPY_BYTES) if tiny else (MATRIX_SIZE, COPY_BYTES)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    product_s, copy_s = _product_seconds(size, dtype, device), _copy_seconds(num_bytes, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what follows may need it all
+    return Limits(name, torch.__version__, 2 * size**3 / product_s, num_bytes / copy_s)
+
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    product_s = seconds_of(lambda: torch.mm(a, b, out=out), device)
-    del a, b, out
+    return seconds_of(lambda: torch.mm(a, b, out=out), device)
+
+
+def _copy_seconds(num_bytes: int, device: torch.device) -> float:
     source = torch.zeros(num_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_s = seconds_of(lambda: target.copy_(source), device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return Limits(name, torch.__version__, 2 * size**3 / product_s, num_bytes / copy_s)
+    return seconds_of(lambda: target.copy_(source), device)

@@ -48,6 +48,8 @@ class TrainSettings:
     """Clips in an optimizer step over all GPUs: the contrastive batch times grad_accum_steps."""
     grad_accum_steps: int = 1
     """Micro-batches a step, each with its own contrastive batch of batch_size / grad_accum_steps clips."""
+    clips_per_pass: int = 0
+    """Clips that a GPU embeds at once; more are embedded in several passes, twice, with the same gradient, in less memory (the cached-gradient step). 0: all at once."""  # noqa: E501
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["plateau", "cosine", "constant"] = "plateau"
@@ -104,6 +106,7 @@ class TrainSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 1 or more")
         for name in (
             "max_steps",
+            "clips_per_pass",
             "patience",
             "plateau_patience",
             "save_every_steps",
@@ -181,6 +184,12 @@ class Config:
             group.validate()
         for checked_when_made in (self.lora, self.losses, self.distributed):
             dataclasses.replace(checked_when_made)
+        if self.train.clips_per_pass and self.model.checkpointing:
+            raise ValueError(
+                f"clips_per_pass: got {self.train.clips_per_pass} with checkpointing on; allowed: one of the two. Both "
+                "compute layers again to save memory, so together they cost twice; use --no-checkpointing, or "
+                "--clips_per_pass 0"
+            )
         if self.data.window_words_as_terms and not self.data.window_fraction:
             raise ValueError("window_words_as_terms: got True without random windows; set window_fraction above 0 too")
 

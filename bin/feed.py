@@ -20,6 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class FedPart:
+    """Some of a batch's clips and strings."""
+
+    audio: AudioPack | None  # None: no clip
+    text: TextPack | None  # None: no string
+
+
+@dataclass(frozen=True)
 class FedBatch:
     """A batch and its two packs. On a GPU the packs are copies there, and `batch` keeps the pinned memory in place."""
 
@@ -35,6 +43,17 @@ class FedBatch:
         audio = AudioPack(torch.from_numpy(batch.pcm_S), list(batch.num_samples)) if batch.num_samples else None
         text = TextPack(torch.from_numpy(batch.token_ids_P), list(batch.token_lengths)) if batch.token_lengths else None
         return cls(batch, audio, text)
+
+    def part(self, clips: tuple[int, int], strings: tuple[int, int]) -> FedPart:
+        """The clips and strings with numbers from start up to stop: views of the packs."""
+        audio = text = None
+        if self.audio is not None and clips[0] < clips[1]:
+            before, own = sum(self.audio.num_samples[: clips[0]]), self.audio.num_samples[slice(*clips)]
+            audio = AudioPack(self.audio.pcm_S[before : before + sum(own)], own)
+        if self.text is not None and strings[0] < strings[1]:
+            before, own = sum(self.text.lengths[: strings[0]]), self.text.lengths[slice(*strings)]
+            text = TextPack(self.text.ids_P[before : before + sum(own)], own)
+        return FedPart(audio, text)
 
 
 def feed(loader: Loader, epoch: int, start_step: int, device: torch.device) -> Iterator[FedBatch]:

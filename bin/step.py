@@ -11,15 +11,17 @@ ranks, T texts of this rank, E embedding, K bank.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bin.feed import FedBatch
+from bin.feed import FedBatch, FedPart
 from data.batches import Batch
+from distributed.bigbatch import TwoPass, chunk_bounds
 from distributed.collectives import gather_int_arrays, gather_json, gather_row_blocks
 from distributed.processes import World
 from losses.relations import BatchIds, Relations, ship
@@ -50,18 +52,53 @@ def encode_batch(model: DualEncoder, batch: Batch | FedBatch) -> tuple[Tensor, T
 
 def encode_all(model: DualEncoder, batch: Batch | FedBatch) -> Encoded:
     """Everything of a batch that the losses look at."""
+    return encode_in_passes(model, batch, 0).encoded
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A batch's embeddings, and what is left to do after the backward pass of the loss over them."""
+
+    encoded: Encoded
+    finish: Callable[[], None]
+    num_passes: int
+
+
+def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass: int, num_kept: int = 1) -> Passes:
+    """Embed at most `clips_per_pass` clips of this rank at a time, each with its share of the strings; 0: all at once.
+
+    More than one pass is the two-pass step of distributed/bigbatch.py: `finish` must be called after the backward pass.
+    num_kept: see `TwoPass`.
+    """
     fed = FedBatch.of(batch)
-    width, device = model.audio_head.out_features, model.device
-    none_0E = torch.zeros(0, width, dtype=model.audio_head.weight.dtype, device=device)
-    audio_BE, clips = none_0E, None if model.windows is None else WindowedClips(none_0E, [])
-    if fed.audio is not None:
+    num_clips, num_strings = fed.batch.num_clips, len(fed.batch.token_lengths)
+    num_passes = -(-max(num_clips, 1) // clips_per_pass) if clips_per_pass and torch.is_grad_enabled() else 1
+    window_counts: list[list[int]] = [[] for _ in range(num_passes)]
+    encoders = [
+        partial(_encode_part, model, fed.part(clips, strings), counts)
+        for clips, strings, counts in zip(
+            chunk_bounds(num_clips, num_passes), chunk_bounds(num_strings, num_passes), window_counts, strict=True
+        )
+    ]
+    two_pass = TwoPass(encoders, num_kept)
+    audio_BE, strings_E, window_WE = two_pass.rows
+    clips = None if model.windows is None else WindowedClips(window_WE, list(itertools.chain(*window_counts)))
+    encoded = Encoded(audio_BE, strings_E[: fed.batch.num_texts], strings_E[fed.batch.num_texts :], clips)
+    return Passes(encoded, two_pass.finish, num_passes)
+
+
+def _encode_part(model: DualEncoder, part: FedPart, window_counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of clips, of strings and, with the maxsim read-out, of windows, whose counts go into `window_counts`."""
+    none_0E = torch.zeros(0, model.audio_head.out_features, dtype=model.audio_head.weight.dtype, device=model.device)
+    audio_BE, window_WE = none_0E, none_0E
+    if part.audio is not None:
         if model.windows is None:
-            audio_BE = model.encode_audio(fed.audio)
+            audio_BE = model.encode_audio(part.audio)
         else:
-            windows = model.encode_windows(fed.audio)
-            audio_BE, clips = windows.audio_BE, windows.clips
-    strings_E = none_0E if fed.text is None else model.encode_text(fed.text)
-    return Encoded(audio_BE, strings_E[: fed.batch.num_texts], strings_E[fed.batch.num_texts :], clips)
+            windows = model.encode_windows(part.audio)
+            audio_BE, window_WE = windows.audio_BE, windows.clips.window_WE
+            window_counts[:] = windows.clips.counts
+    return audio_BE, none_0E if part.text is None else model.encode_text(part.text), window_WE
 
 
 def batch_ids(batch: Batch) -> BatchIds:
@@ -85,10 +122,12 @@ def loss_share(
     world: World,
     wire_dtype: torch.dtype | None,
     bank: TermBank | None = None,
+    own: Encoded | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Relations]:
     """(this rank's share of the total, scalar; detached shares of its parts; the global batch's relations).
 
-    A collective: every rank must call it, and run its backward pass, or none.
+    `own`: the batch's embeddings where they are there already. A collective: every rank must call it, and run its
+    backward pass, or none.
     """
     fed, device = FedBatch.of(batch), model.device
     batch = fed.batch
@@ -96,7 +135,7 @@ def loss_share(
     relations = Relations.build([BatchIds.unpack(part) for part in packed.split(counts)])
     local = relations.local(world.rank, device)
 
-    own = encode_all(model, fed)
+    own = own or encode_all(model, fed)
     text_BE = align_texts(own.text_TE, ship(torch.from_numpy(batch.text_row_B), device))
     clip_counts = [len(relations.clips_of(rank)) for rank in range(world.world_size)]
     starts = relations.term_row_starts

@@ -45,7 +45,7 @@ from bin.rundir import (
     tell_status,
 )
 from bin.runlog import Interval, configure_logging, environment, progress_bar
-from bin.step import center_heads, loss_share
+from bin.step import center_heads, encode_in_passes, loss_share
 from bin.stopping import Preempted, StopRequest
 from bin.tracking import MAX_PROJECTED, Tracker
 from bin.update import make_update
@@ -206,10 +206,12 @@ def train(config: Config) -> int:
                     for _ in range(cfg.grad_accum_steps):
                         with interval.waiting():
                             batch = next(batches_of_epoch)
+                        passes = encode_in_passes(model, batch, cfg.clips_per_pass)
                         share, parts, relations = loss_share(
-                            model, temperature, batch, config.losses, world, wire_dtype, bank
+                            model, temperature, batch, config.losses, world, wire_dtype, bank, passes.encoded
                         )
                         (share / cfg.grad_accum_steps).backward()
+                        passes.finish()
                         for name, value in {"loss": share.detach(), **parts}.items():
                             shares[name] = shares.get(name, 0.0) + value / cfg.grad_accum_steps
                         interval.num_clips += relations.num_clips

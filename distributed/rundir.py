@@ -53,8 +53,7 @@ class RunLock:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.ENOTDIR):
                 raise
             raise ValueError(
-                f"run directory {self.path.parent} cannot be written ({error.strerror}); "
-                "give another --runs_dir"
+                f"run directory {self.path.parent} cannot be written ({error.strerror}); give another --runs_dir"
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

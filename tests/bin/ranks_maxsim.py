@@ -20,7 +20,10 @@ def maxsim_steps(port: int, folder: Path) -> None:
             for name, spread in cases.items():
                 counts = spread[world_size]
                 first = sum(counts[: world.rank])
-                found = one_step(folder, world, range(first, first + counts[world.rank]), **READOUT)
+                # In passes where there are ranks: with the gather, the windows of several chunks meet the terms.
+                found = one_step(
+                    folder, world, range(first, first + counts[world.rank]), 2 if world_size > 1 else 0, **READOUT
+                )
                 write_tensors(folder / f"{name} {world.rank}.safetensors", found)
             if world_size == 1:
                 write_tensors(folder / "mean 0.safetensors", one_step(folder, world, range(len(CLIPS))))

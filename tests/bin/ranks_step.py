@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bin.step import center_heads, encode_batch, loss_share
+from bin.step import center_heads, encode_batch, encode_in_passes, loss_share
 from data.batches import Batch, collate
 from data.clips import Clip
 from data.glossary import Entry, Glossary
@@ -83,15 +83,18 @@ def bank_of(glossary: Glossary = GLOSSARY, dtype: torch.dtype = torch.float64) -
     return TermBank(torch.nn.functional.normalize(rows_KE, dim=1), keys_K, groups_K)
 
 
-def one_step(folder: Path, world: World, indices: range, **more: object) -> dict[str, Tensor]:
+def one_step(folder: Path, world: World, indices: range, clips_per_pass: int = 0, **more: object) -> dict[str, Tensor]:
     """Summed gradients by name, and the summed loss and its parts as "loss of ...". `more`: settings of the model."""
     built, temperature = build(folder, **more)
     named = [(n, p) for m in (built.model, temperature) for n, p in m.named_parameters() if p.requires_grad]
+    batch = batch_of(built, indices)
+    passes = encode_in_passes(built.model, batch, clips_per_pass)
     share, parts, relations = loss_share(
-        built.model, temperature, batch_of(built, indices), SETTINGS, world, None, bank_of()
+        built.model, temperature, batch, SETTINGS, world, None, bank_of(), passes.encoded
     )
     assert relations.num_clips == len(CLIPS)
     share.backward()
+    passes.finish()
     sync_gradients(param for _, param in named)
     totals = sum_over_ranks(total=float(share.detach()), **{name: float(value) for name, value in parts.items()})
     losses = {f"loss of {name}": torch.tensor(value, dtype=torch.float64) for name, value in totals.items()}
@@ -134,8 +137,10 @@ def steps_at_all_world_sizes(port: int, folder: Path) -> None:
             for name, spread in cases.items():
                 counts = spread[world_size]
                 first = sum(counts[: world.rank])
-                found = one_step(folder, world, range(first, first + counts[world.rank]))
-                write_tensors(folder / f"{name} {world_size} {world.rank}.safetensors", found)
+                mine = range(first, first + counts[world.rank])
+                write_tensors(folder / f"{name} {world_size} {world.rank}.safetensors", one_step(folder, world, mine))
+                found = one_step(folder, world, mine, clips_per_pass=2)
+                write_tensors(folder / f"{name} in passes {world_size} {world.rank}.safetensors", found)
             write_tensors(folder / f"centred {world_size} {world.rank}.safetensors", centred(folder, world))
             processes.stop()
 

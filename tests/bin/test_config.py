@@ -173,3 +173,9 @@ def test_every_preset_is_valid_and_its_files_exist(
     for value in flat(parse(["--preset", preset])).values():
         if isinstance(value, str) and value.startswith(str(ROOT)):
             assert Path(value).exists(), value
+
+
+def test_the_two_pass_step_is_refused_beside_checkpointing() -> None:
+    assert flat(parse(["--clips_per_pass", "64"]))["clips_per_pass"] == 64
+    with pytest.raises(ValueError, match="clips_per_pass: got 64 with checkpointing on"):
+        parse(["--clips_per_pass", "64", "--checkpointing"])

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bin.step import center_heads, encode_batch, loss_share
+from bin.step import center_heads, encode_batch, encode_in_passes, loss_share
 from data.glossary import Entry, Glossary
 from distributed.atomic import read_tensors
 from distributed.processes import World
 from losses.settings import LossSettings
+from tests.bin import ranks_step
 from tests.bin.ranks_step import SPREADS, WIDTH, bank_of, batch_of, build, head_outputs
 from tests.distributed.launching import launch
 
@@ -27,15 +28,17 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("passes", ["", " in passes"])
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("spread", SPREADS)
-def test_loss_and_gradients_equal_one_process(written: Path, spread: str, world_size: int) -> None:
-    """Negatives of all ranks, each row once, nothing averaged: the temperature's gradient too."""
+def test_loss_and_gradients_equal_one_process(written: Path, spread: str, world_size: int, passes: str) -> None:
+    """Negatives of all ranks, each row once, nothing averaged: the temperature's gradient too. In passes, ranks have
+    different numbers of them."""
     expected = read_tensors(written / "one process 1 0.safetensors")
     assert {"log_inv_temperature", "audio_head.weight", "text_head.weight"} <= expected.keys()
     assert {f"loss of {n}" for n in ("total", "audio_text", "audio_term", "hard", "no_term")} <= expected.keys()
     for rank in range(world_size):
-        found = read_tensors(written / f"{spread} {world_size} {rank}.safetensors")
+        found = read_tensors(written / f"{spread}{passes} {world_size} {rank}.safetensors")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert value.dtype == torch.float64
@@ -74,6 +77,34 @@ def test_centring_measures_without_dropout_and_touches_nothing_but_biases(tmp_pa
     changed = {n for n, value in built.model.state_dict().items() if not torch.equal(value, weights[n])}
     assert changed == {"audio_head.bias", "text_head.bias"}
     assert not any(module._forward_pre_hooks for module in built.model.modules())
+
+
+@pytest.mark.parametrize("readout", ["mean", "maxsim"])
+@pytest.mark.parametrize("clips_per_pass", [1, 3, 100])
+def test_a_batch_in_passes_has_the_gradients_of_one_pass_under_dropout(
+    tmp_path: Path, clips_per_pass: int, readout: str
+) -> None:
+    """The reference keeps the graphs of the same chunks: other chunks would draw another dropout."""
+
+    def gradients(num_kept: int) -> tuple[dict[str, Tensor], Tensor]:
+        built, temperature = build(tmp_path, tower_dropout=0.3, readout=readout, spec_time_masks=1)
+        batch = batch_of(built, range(8))
+        torch.manual_seed(3)
+        passes = encode_in_passes(built.model, batch, clips_per_pass, num_kept)
+        assert passes.num_passes == -(-8 // clips_per_pass)
+        share, _, _ = loss_share(
+            built.model, temperature, batch, ranks_step.SETTINGS, ALONE, None, bank_of(), passes.encoded
+        )
+        share.backward()
+        passes.finish()
+        named = [*built.model.named_parameters(), *temperature.named_parameters()]
+        return {n: p.grad for n, p in named if p.requires_grad}, torch.get_rng_state()
+
+    expected, state = gradients(num_kept=100)
+    found, found_state = gradients(num_kept=1)
+    assert torch.equal(found_state, state)
+    for name, value in expected.items():
+        assert float((found[name] - value).abs().max()) <= 1e-10 * float(value.abs().max()), name
 
 
 def test_texts_and_terms_come_apart_in_order(tmp_path: Path) -> None:

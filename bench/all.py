@@ -1,0 +1,167 @@
+"""All benchmarks of speed and memory on this device, in under nine minutes: one table, one JSON file, one plot.
+
+    python bench/all.py [--parts step lora ...] [--out DIR] [--tiny]
+
+Each part is the `measure` of a module of bench/ and runs in a process of its own, with a time limit, one after the
+other: a part that fails or hangs is reported, and the others go on. The device's limits are measured once, before them.
+Writes DIR/<device>.json and, where matplotlib is installed, DIR/<device>.png (DIR: bench/results). Exit code 1 when a
+part failed; targets that are missed are printed, and no failure.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ != "bench":  # run as a file: the root goes first on sys.path, and bench/ comes off it
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
+
+import argparse
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench.findings import Findings, number
+from bench.limits import Limits, bench_device, measure_limits
+from bin.runlog import environment
+from distributed.atomic import json_bytes, write_file_atomically
+from retrieval.evaluate import plain_table
+
+ROOT = Path(__file__).resolve().parent.parent
+# Seconds that a part may take. What matters most comes first: all of them together end before the whole's limit.
+PARTS = {
+    "step": 200.0, "memory": 75.0, "bigbatch": 75.0, "lora": 60.0, "loss": 60.0, "bank": 60.0, "tower": 60.0,
+    "switches": 60.0,
+}  # fmt: skip
+WHOLE_S = 530.0
+LIMITS_S = 60.0
+
+
+def run_part(name: str, tiny: bool, limits: Limits | None, limit_s: float) -> dict[str, Any]:
+    """What the part's process wrote, with the seconds it took; `error` when it failed."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        out, given = Path(folder) / "out.json", Path(folder) / "limits.json"
+        given.write_text(json.dumps(None if limits is None else limits.to_json()))
+        command = [sys.executable, "bench/all.py", "--child", name, str(given), str(out), *["--tiny"] * tiny]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            printed, _ = process.communicate(timeout=limit_s)
+            failure = f"exit code {process.returncode}" if process.returncode else None
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the part may have started processes itself, which hold the GPU
+            printed, _ = process.communicate()
+            failure = f"stopped after {limit_s:.0f} s"
+        found: dict[str, Any] = {"seconds": time.perf_counter() - started}
+        if failure is None and out.exists():
+            return found | json.loads(out.read_text())
+        lines = printed.strip().splitlines()
+        print("\n".join(lines[-12:]), flush=True)
+        return found | {"error": f"{failure or 'wrote nothing'}: {lines[-1] if lines else 'nothing was printed'}"}
+
+
+def child(name: str, given: Path, out: Path, tiny: bool) -> int:
+    """The process of one part; `limits` is one as well."""
+    if name == "limits":
+        out.write_text(json.dumps({**measure_limits(tiny).to_json(), "environment": environment(str(bench_device()))}))
+        return 0
+    limits = Limits(**json.loads(given.read_text()))
+    found = importlib.import_module(f"bench.{name}").measure(limits, tiny)
+    out.write_text(json.dumps(found.to_json()))
+    return 0
+
+
+def summary(parts: dict[str, dict[str, Any]]) -> str:
+    """One table: every target of every part."""
+    rows = []
+    for name, part in parts.items():
+        if "error" in part:
+            rows.append([name, "FAILED", part["error"][:60], "", ""])
+            continue
+        for check in Findings.from_json(part).checks:
+            value = "-" if check.value is None else number(check.value)
+            rows.append(
+                [name, check.name, value, f"{check.wanted} {number(check.target)}", "ok" if check.is_met else "MISSED"]
+            )
+    return plain_table(["part", "figure", "measured", "target", ""], rows)
+
+
+def draw(report: dict[str, Any], path: Path) -> bool:
+    """Clips a second over the batch size, and how far each figure is from its target; False without matplotlib."""
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+        matplotlib.use("Agg")
+        pyplot = importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        return False
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    rows = report["parts"].get("step", {}).get("rows", [])
+    for side in dict.fromkeys(row["side"] for row in rows):
+        points = [(row["clips"], row["clips/s"]) for row in rows if row["side"] == side and row.get("clips/s")]
+        if points:
+            left.plot(*zip(*points, strict=True), marker="o", label=side)
+    left.set(xscale="log", yscale="log", xlabel="clips a step", ylabel="clips a second", title="training step")
+    left.grid(alpha=0.3, which="both")
+    left.legend()
+    names, shares = [], []
+    for name, part in report["parts"].items():
+        for check in Findings.from_json(part).checks if "error" not in part else []:
+            if check.value:
+                ratio = check.value / check.target
+                names.append(f"{name}: {check.name}")
+                shares.append(ratio if check.wanted == "at least" else 1 / ratio)
+    right.barh(names[::-1], shares[::-1], color=["tab:green" if s >= 1 else "tab:red" for s in shares[::-1]])
+    right.axvline(1.0, color="black", linewidth=1)
+    right.set(title="measured over target (1 and more: met)", xlim=(0, 2.5))
+    right.tick_params(axis="y", labelsize=7)
+    figure.suptitle(f"{report['limits']['device']}, torch {report['limits']['torch']}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--child"]:
+        return child(argv[1], Path(argv[2]), Path(argv[3]), "--tiny" in argv)
+    parser = argparse.ArgumentParser(description="All benchmarks of speed and memory on this device.")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--tiny", action="store_true", help="small shapes: does everything run at all")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    measured = run_part("limits", args.tiny, None, LIMITS_S)
+    if "error" in measured:
+        print(f"the device's limits could not be measured: {measured['error']}", file=sys.stderr)
+        return 1
+    limits = Limits(**{key: measured[key] for key in ("device", "torch", "matrix_flops", "copy_bytes")})
+    print(limits.line(), flush=True)
+    report: dict[str, Any] = {"limits": limits.to_json(), "environment": measured["environment"], "parts": {}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    name_of_device = re.sub(r"[^A-Za-z0-9]+", "-", limits.device).strip("-")
+    for name in args.parts:
+        left_s = WHOLE_S - (time.perf_counter() - started)
+        part: dict[str, Any] = {"error": "no time was left"}
+        if left_s > 5:
+            part = run_part(name, args.tiny, limits, min(PARTS[name], left_s))
+        report["parts"][name] = part
+        text = f"FAILED: {part['error']}" if "error" in part else Findings.from_json(part).text()
+        print(f"\n== {name}, {part.get('seconds', 0):.0f} s\n{text}", flush=True)
+        report["seconds"] = time.perf_counter() - started
+        write_file_atomically(args.out / f"{name_of_device}.json", json_bytes(report))
+    print(f"\n{summary(report['parts'])}\n\n{report['seconds']:.0f} s; {args.out / f'{name_of_device}.json'}")
+    if draw(report, args.out / f"{name_of_device}.png"):
+        print(f"plot {args.out / f'{name_of_device}.png'}")
+    return int(any("error" in part for part in report["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

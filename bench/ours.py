@@ -1,0 +1,216 @@
+"""Our training step as bin/train.py takes it, over towers of random weights that are drawn on the device.
+
+Speed and memory do not depend on what the weights are, so nothing is downloaded or read. The objective is the peers':
+both InfoNCE losses, hard negatives off.
+"""
+
+import gc
+import json
+import logging
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.drawn import as_batch, draw, on_device
+from bench.limits import synchronize
+from bench.random_checkpoint import make_config
+from bin.feed import FedBatch
+from bin.optimizer import parameter_groups
+from bin.step import Encoded, encode_in_passes, loss_share
+from distributed.gradsync import clip_gradients, sync_gradients
+from distributed.processes import World
+from lora.inject import inject_lora
+from lora.settings import LoraSettings
+from losses.settings import LossSettings
+from losses.temperature import Temperature
+from model.audio_tower import AudioConfig
+from model.build import Built, build_model
+from model.settings import ModelSettings
+from model.text_tower import TextConfig
+
+OBJECTIVE = LossSettings(enable_hard_neg=False)
+LEARNING_RATE = 1e-4
+TINY_VOCABULARY = 400
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes of both towers, as Hugging Face configs that leave nothing to defaults."""
+
+    audio: dict[str, Any]
+    text: dict[str, Any]
+
+    @classmethod
+    def of(cls, tiny: bool = False) -> "Shapes":
+        """The published 7B's, or tiny ones (whose grouped queries no peer needs, so there are none)."""
+        config = make_config("tiny" if tiny else "full", "v4", TINY_VOCABULARY)
+        if tiny:
+            config["text_config"]["num_key_value_heads"] = config["text_config"]["num_attention_heads"]
+        return cls(AudioConfig.from_hf(config).to_hf(), TextConfig.from_hf(config).to_hf())
+
+    def of_depth(self, num_layers: int) -> "Shapes":
+        """The same with fewer layers in each tower."""
+        return Shapes(self.audio | {"encoder_layers": num_layers}, self.text | {"num_hidden_layers": num_layers})
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that may be drawn."""
+        return min(150_000, int(self.text["vocab_size"]))
+
+    def audio_parameters(self) -> int:
+        """Weights that a token of the audio tower is multiplied with: its layers' matrices."""
+        width = self.audio["d_model"]
+        return self.audio["encoder_layers"] * (4 * width**2 + 2 * width * self.audio["encoder_ffn_dim"])
+
+    def text_parameters(self) -> int:
+        """Likewise of the text tower."""
+        width, heads, kv_heads = (
+            self.text[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+        )
+        attention = 2 * width * width * (heads + kv_heads) // heads
+        return self.text["num_hidden_layers"] * (attention + 3 * width * self.text["intermediate_size"])
+
+    def operations(self, audio_tokens: float, text_tokens: float) -> float:
+        """Of a training step on frozen towers: 2 N a token forward, 2 N backward (no weight has a gradient)."""
+        return 4.0 * (audio_tokens * self.audio_parameters() + text_tokens * self.text_parameters())
+
+
+def build(shapes: Shapes, device: torch.device, lora: LoraSettings | None = None, **settings: Any) -> Built:
+    """The model in training mode with adapters (by default those of the peers: r 16, dropout 0.1, on q, k and v).
+
+    `settings`: fields of ModelSettings.
+    """
+    logging.getLogger("model.build").setLevel(logging.ERROR)  # random frozen towers are meant here
+    with tempfile.TemporaryDirectory() as folder:
+        audio, text = Path(folder) / "audio.json", Path(folder) / "text.json"
+        audio.write_text(json.dumps(shapes.audio))
+        text.write_text(json.dumps(shapes.text))
+        built = build_model(ModelSettings(audio_model=str(audio), text_model=str(text), **settings), device)
+    inject_lora(built.model, lora or LoraSettings())
+    built.model.train()
+    return built
+
+
+class Training:
+    """One process's loop without data, logs and checkpoints."""
+
+    def __init__(self, built: Built, objective: LossSettings = OBJECTIVE) -> None:
+        self.built, self.model, self.objective = built, built.model, objective
+        self.device = built.model.device
+        self.world = World(0, 1, 0, self.device, "none", 0)
+        self.temperature = Temperature(objective.temperature, objective.learn_temperature).to(self.device)
+        self.named = [(name, param) for name, param in built.model.named_parameters() if param.requires_grad]
+        self.params = [param for _, param in self.named]
+        groups = parameter_groups(self.named, built.sources, 0.01, 1.0)
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+
+    def backward(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
+        """Loss and gradients of a batch; the loss detached, on the device."""
+        passes = encode_in_passes(self.model, fed, clips_per_pass, num_kept)
+        share = self.share(fed, passes.encoded)
+        share.backward()
+        passes.finish()
+        return share.detach()
+
+    def share(self, fed: FedBatch, encoded: Encoded) -> Tensor:
+        """The loss of a batch whose embeddings are there."""
+        return loss_share(self.model, self.temperature, fed, self.objective, self.world, None, None, encoded)[0]
+
+    def step(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
+        """One step; nothing here waits for the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.backward(fed, clips_per_pass, num_kept)
+        sync_gradients(self.params)
+        clip_gradients(self.params, 1.0)
+        self.optimizer.step()
+        return loss
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Steps of one batch size. Seconds are medians; a step is fenced, as the peers' are: the device idle before and
+    after. `seconds_in_a_row`: the same steps without fences, as a run takes them."""
+
+    clips: int
+    steps: int
+    seconds: float
+    seconds_in_a_row: float
+    first_seconds: float
+    peak_gib: float | None
+    audio_tokens: float  # a step
+    text_tokens: float
+
+    @property
+    def clips_per_s(self) -> float:
+        return self.clips / self.seconds
+
+
+def batches(shapes: Shapes, device: torch.device, num_clips: int, count: int, seed: int = 0) -> list[FedBatch]:
+    """The first batches of the generator that the peers draw from, on the device."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [draw(num_clips, generator) for _ in range(count)]
+    return [on_device(as_batch(one, i, shapes.vocabulary), device) for i, one in enumerate(drawn)]
+
+
+def time_steps(training: Training, fed: list[FedBatch], steps: int = 20, in_a_row: int = 8) -> Timed:
+    """Time steps over the batches in turn, after one over each of them that is not counted."""
+    device, warmup = training.device, len(fed)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    for i in range(warmup + steps):
+        synchronize(device)
+        started = time.perf_counter()
+        training.step(fed[i % len(fed)])
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    for i in range(in_a_row):
+        training.step(fed[i % len(fed)])
+    synchronize(device)
+    seconds_in_a_row = (time.perf_counter() - started) / in_a_row
+    tokens = [count_tokens(one) for one in fed]
+    return Timed(
+        clips=fed[0].batch.num_clips,
+        steps=steps,
+        seconds=sorted(times[warmup:])[steps // 2],
+        seconds_in_a_row=seconds_in_a_row,
+        first_seconds=times[0],
+        peak_gib=peak_gib(device),
+        audio_tokens=sum(audio for audio, _ in tokens) / len(tokens),
+        text_tokens=sum(text for _, text in tokens) / len(tokens),
+    )
+
+
+def count_tokens(fed: FedBatch) -> tuple[int, int]:
+    """(audio tokens, text tokens) that the towers' layers work on."""
+    frames = [-(-samples // 160) for samples in fed.batch.num_samples]
+    return sum((one - 1) // 2 + 1 for one in frames), sum(fed.batch.token_lengths)
+
+
+def release(training: Training) -> None:
+    """Give back what the last batch took, so that the next size starts even."""
+    training.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if training.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cap_memory(gib: float, device: torch.device) -> None:
+    """Let this process's allocator take no more than so much of the device, as if it were smaller."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def without_dropout() -> LoraSettings:
+    return replace(LoraSettings(), lora_dropout=0.0)

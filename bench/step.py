@@ -1,0 +1,182 @@
+"""The training step: ours beside the stock and the tuned recipe, on the same clips, at the published 7B's shapes.
+
+    python bench/step.py [--tiny] [--json FILE]
+
+Ours is what bin/train.py does a step: log-mel, both towers with adapters and their dropout, both losses, backward,
+clipping, AdamW. Peers: bench/peers.py, whose features are made before the clock starts. Every side runs in a process of
+its own, one after the other, and a peer is timed only after loss and gradients have been found equal to ours.
+
+Operations are counted, not measured: forward 2 N a token, backward 2 N (frozen weights have no gradient), N the
+matrices of a tower's layers. Convolutions, attention scores, adapters, heads and losses are left out.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ != "bench":  # run as a file: the root goes first on sys.path, and bench/ comes off it
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
+
+import json
+import subprocess
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bench.findings import Cell, Findings, run_alone
+from bench.limits import Limits, bench_device, synchronize
+from bench.ours import Shapes, Training, batches, build, release, time_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES, TINY_SIZES = (16, 64, 128, 256, 384, 512), (2, 4)
+NUM_BATCHES = 8
+# Clips a step; + with checkpointing. Seconds a setting: the peers are slow, their step varies little.
+PEER_SETTINGS = {"stock": ["16+"], "tuned": ["16", "32", "64+"]}
+PEER_BUDGET_S = 12.0
+SIDE_LIMIT_S = 120.0
+
+
+class CaptureCount:
+    """Counts CUDA graph captures in this process, whoever makes them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        begin = torch.cuda.CUDAGraph.capture_begin
+
+        def counted(graph: torch.cuda.CUDAGraph, *args: Any, **options: Any) -> None:
+            self.count += 1
+            begin(graph, *args, **options)
+
+        torch.cuda.CUDAGraph.capture_begin = counted  # type: ignore[method-assign, assignment]
+
+
+def time_ours(tiny: bool, started: float) -> None:
+    """One JSON line for the build and one for each batch size. `started`: when the process was asked for."""
+    captures, device, shapes = CaptureCount(), bench_device(), Shapes.of(tiny)
+    torch.manual_seed(0)
+    built = build(shapes, device)
+    training = Training(built)
+    synchronize(device)
+    print(json.dumps({"built_after_s": time.time() - started}), flush=True)
+    for i, num_clips in enumerate(TINY_SIZES if tiny else SIZES):
+        found: dict[str, Any] = {"clips": num_clips}
+        try:
+            fed = batches(shapes, device, num_clips, 2 if tiny else NUM_BATCHES)
+            if i == 0:
+                training.step(fed[0])
+                synchronize(device)
+                print(json.dumps({"first_step_after_s": time.time() - started}), flush=True)
+            before = captures.count
+            found |= asdict(time_steps(training, fed, 3 if tiny else 20))
+            found["captures"] = captures.count - before
+        except torch.OutOfMemoryError:
+            found["out_of_memory"] = True
+        print(json.dumps(found), flush=True)
+        fed = []
+        release(training)
+    print(json.dumps({"captures": captures.count}), flush=True)
+
+
+def run_side(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str | None]:
+    """The JSON lines that a program prints, and why it ended early, if it did: what it found until then counts."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    failure = None
+    try:
+        printed, complaints = process.communicate(timeout=limit_s)
+        if process.returncode:
+            failure = (complaints.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        printed, complaints = process.communicate()
+        failure = f"stopped after {time.perf_counter() - started:.0f} s"
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return lines, failure
+
+
+def measure(limits: Limits, tiny: bool = False) -> Findings:
+    """The training step beside its peers."""
+    shapes, found = Shapes.of(tiny), Findings("training step, LoRA r 16 on q, k, v of both towers, one GPU")
+    more = ["--tiny"] if tiny else []
+    peers: list[dict[str, Any]] = []
+    for kind, settings in PEER_SETTINGS.items():
+        if tiny:
+            settings = ["2"]
+        command = ["bench/peers.py", kind, *settings, "--budget_s", str(1 if tiny else PEER_BUDGET_S), *more]
+        lines, failure = run_side(command, SIDE_LIMIT_S)
+        parity = next((line["parity"] for line in lines if "parity" in line), None)
+        found.notes.append(f"parity with {kind}: {parity if failure is None or parity else failure}")
+        if failure is not None:
+            found.notes.append(f"{kind} ended early: {failure}")
+        peers += [line for line in lines if "clips" in line]
+    lines, failure = run_side(["bench/step.py", "--side", str(time.time()), *more], 2 * SIDE_LIMIT_S)
+    if failure is not None:
+        found.notes.append(f"ours ended early: {failure}")
+    facts: dict[str, Any] = {}
+    for line in lines:
+        facts |= line if "clips" not in line else {}
+    ours = [line for line in lines if "clips" in line]
+    compare(found, shapes, limits, ours, peers)
+    first_s = facts.get("first_step_after_s")
+    found.check("seconds from the start to the end of the first step", first_s, 90, "at most")
+    found.notes.append(f"built after {facts.get('built_after_s')} s; {facts.get('captures')} CUDA graphs captured")
+    return found
+
+
+def compare(
+    found: Findings, shapes: Shapes, limits: Limits, ours: list[dict[str, Any]], peers: list[dict[str, Any]]
+) -> None:
+    """Rows and checks of what the sides printed."""
+    smallest = min((line["clips"] for line in ours), default=0)
+    rate = {(p["peer"], p["clips"]): p["clips_per_s"] for p in peers if "clips_per_s" in p}
+    stock, tuned = (rate.get((kind, smallest)) for kind in ("stock", "tuned"))
+    tuned_best = max((value for (kind, _), value in rate.items() if kind == "tuned"), default=None)
+    best, best_share = None, None
+    for line in peers:
+        row: dict[str, Cell] = {"side": line["peer"] + (", checkpointing" if line["checkpointing"] else "")}
+        row["clips"] = line["clips"]
+        if "seconds" in line:
+            row |= {"ms": line["seconds"] * 1e3, "clips/s": line["clips_per_s"], "GiB": line["peak_gib"]}
+            row["steps"] = line["steps"]
+        else:
+            row["ms"] = "out of memory"
+        found.rows.append(row)
+    for line in ours:
+        row = {"side": "ours", "clips": line["clips"]}
+        if "seconds" not in line:
+            found.rows.append(row | {"ms": "out of memory"})
+            continue
+        clips_per_s = line["clips"] / line["seconds"]
+        flops = shapes.operations(line["audio_tokens"], line["text_tokens"]) / line["seconds"]
+        share = flops / limits.matrix_flops
+        if best is None or clips_per_s > best:
+            best, best_share = clips_per_s, share
+        row |= {
+            "ms": line["seconds"] * 1e3, "clips/s": clips_per_s, "GiB": line["peak_gib"], "steps": line["steps"],
+            "clips/s in a row": line["clips"] / line["seconds_in_a_row"],
+            "x stock": _ratio(clips_per_s, rate.get(("stock", line["clips"]))),
+            "x tuned": _ratio(clips_per_s, rate.get(("tuned", line["clips"]))),
+            "x tuned's best": _ratio(clips_per_s, tuned_best),
+            "TFLOP/s": flops / 1e12, "of the matrix rate": f"{share:.0%}", "graphs": line["captures"],
+        }  # fmt: skip
+        found.rows.append(row)
+    small = next((line["clips"] / line["seconds"] for line in ours if "seconds" in line), None)
+    found.check(f"times stock at {smallest} clips", _ratio(small, stock), 45)
+    found.check(f"times tuned at {smallest} clips", _ratio(small, tuned), 17)
+    found.check("best batch, times tuned's best", _ratio(best, tuned_best), 26)
+    found.check("best batch, share of the matrix rate", best_share, 0.55)
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours / theirs
+
+
+if __name__ == "__main__":
+    if "--side" in sys.argv:
+        time_ours("--tiny" in sys.argv, float(sys.argv[sys.argv.index("--side") + 1]))
+        sys.exit(0)
+    sys.exit(run_alone(measure))

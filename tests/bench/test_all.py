@@ -1,0 +1,55 @@
+"""The runner: parts in processes of their own, what fails is reported, and everything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import all as every
+from bench.findings import Findings
+from bench.limits import Limits
+
+LIMITS = {"device": "Some Chip 80GB", "torch": "2", "matrix_flops": 1e15, "copy_bytes": 1e12}
+
+
+def found(value: float) -> dict[str, object]:
+    one = Findings("a part", rows=[{"side": "ours", "clips": 16, "clips/s": 100.0, "ms": 1.0}])
+    one.check("ratio", value, 2.0)
+    return one.to_json() | {"seconds": 1.0}
+
+
+def test_a_failed_part_is_reported_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_part(name: str, tiny: bool, limits: Limits | None, limit_s: float) -> dict[str, object]:
+        assert limit_s <= every.WHOLE_S
+        parts = {"limits": LIMITS | {"environment": {}}, "step": found(3.0), "loss": {"error": "boom", "seconds": 1.0}}
+        return parts.get(name, found(1.0))
+
+    monkeypatch.setattr(every, "run_part", run_part)
+    assert every.main(["--parts", "step", "loss", "tower", "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "Some-Chip-80GB.json").read_text())
+    assert list(report["parts"]) == ["step", "loss", "tower"]
+    assert report["parts"]["step"]["checks"][0]["is_met"]
+    assert not report["parts"]["tower"]["checks"][0]["is_met"]
+    assert (tmp_path / "Some-Chip-80GB.png").stat().st_size > 10_000
+    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    assert [line.split()[0] for line in table[2:]] == ["step", "loss", "tower"]
+    assert "FAILED" in table[3]
+    assert table[2].endswith("ok")
+    assert table[4].endswith("MISSED")
+
+
+def test_parts_together_end_in_time() -> None:
+    assert every.WHOLE_S < 9 * 60
+    assert set(every.PARTS) >= {"step", "tower", "lora", "loss", "bank", "memory", "bigbatch"}
+
+
+def test_a_part_runs_in_a_process_of_its_own() -> None:
+    measured = every.run_part("limits", True, None, 120.0)
+    assert measured["matrix_flops"] > 0
+    assert "torch" in measured["environment"]
+    failed = every.run_part("no_such_part", True, Limits(**LIMITS), 120.0)
+    assert "No module named 'bench.no_such_part'" in failed["error"]
+    hung = every.run_part("limits", True, None, 0.01)
+    assert hung["error"].startswith("stopped after 0 s")
