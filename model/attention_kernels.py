@@ -156,9 +156,7 @@ def forward_kernel(
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
         out_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, out_MV * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
-    _store_whole(
-        out_MV / sum_M[:, None], out_ptr + head * HEAD, NUM_HEADS * HEAD, start, count, HEAD, V, TILE
-    )
+    _store_whole(out_MV / sum_M[:, None], out_ptr + head * HEAD, NUM_HEADS * HEAD, start, count, HEAD, V, TILE)
     within_M = tl.arange(0, TILE)
     tl.store(lse_ptr + head * num_rows + start + within_M, top_M + tl.log2(sum_M), mask=within_M < count)
 

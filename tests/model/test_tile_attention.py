@@ -15,7 +15,7 @@ from model.tile_attention import NARROW, WIDE, Tiling, Tilings, tile_attention  
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tilings(Tiling(16, 16, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 4, 1))
 # One token alone, many in a tile, one across three tiles, one that ends with its tile.
-LENGTHS = [3, 1, 20, 2, 6, 33, 1, 15]
+LENGTHS = [3, 1, 12, 35, 1, 12]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def compare(lengths, heads, causal, turned, dtype, tilings, saves_out=True, layo
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 def test_values_and_gradients(causal, turned, saves_out):
-    errors = compare(LENGTHS, Heads(2, 2, 32), causal, turned, torch.float32, SMALL, saves_out)
+    errors = compare(LENGTHS, Heads(1, 1, 32), causal, turned, torch.float32, SMALL, saves_out)
     assert max(errors) < 2e-6
 
 
