@@ -4,7 +4,7 @@
 
 Tries every tiling of one kernel, the other two kernels as they are, on the packs of 256 clips of bench/attention.py,
 and prints microseconds, best first. The first pass compiles in processes side by side, into Triton's cache. Use it to
-set NARROW and WIDE anew after a change of chip or of Triton.
+set the tilings anew after a change of chip or of Triton.
 """
 
 import sys
@@ -27,18 +27,17 @@ from torch import Tensor
 from bench.attention import AUDIO, TEXT, Pack, drawn, timed
 from bench.findings import Findings, run_alone
 from bench.limits import Limits, bench_device
-from model.tile_attention import NARROW, WIDE, Tiling, tile_attention
+from model.tile_attention import Tiling, tile_attention, tilings_for
 
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
 
 def candidates(is_text: bool) -> Iterator[Tiling]:
-    """Tilings worth a try: no tile of more than 128 rows, steps of 32 to 128."""
-    for tile, step, stages in itertools.product((32, 64, 128), (32, 64, 128), (1, 2, 3)):
-        if tile * step > 8192 or (is_text and stages == 3) or (not is_text and step * stages > 192):
-            continue
-        for warps in (4, 8) if tile == 128 else (4,):
-            yield Tiling(tile, step, warps, stages)
+    """Tilings worth a try: strings want small tiles, clips larger ones."""
+    tiles, steps, stages = ((32, 64), (16, 32, 64), (1, 2)) if is_text else ((64, 128), (32, 64), (2, 3))
+    for tile, step, num_stages in itertools.product(tiles, steps, stages):
+        for num_warps in (4, 8) if tile == tiles[1] else (4,):
+            yield Tiling(tile, step, num_warps, num_stages)
 
 
 def attend_with(pack: Pack, kernel: str, tiling: Tiling, saves_out: bool) -> tuple[Tensor, float, float]:
@@ -46,7 +45,7 @@ def attend_with(pack: Pack, kernel: str, tiling: Tiling, saves_out: bool) -> tup
     device = bench_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     qkv_PJ, layout, rotary = pack.inputs(device, dtype)
-    tilings = replace(WIDE if pack.heads.head_dim > 64 else NARROW, **{kernel: tiling})
+    tilings = replace(tilings_for(pack.heads.head_dim, device), **{kernel: tiling})
 
     def attend(x_PJ: Tensor) -> Tensor:
         heads = pack.heads

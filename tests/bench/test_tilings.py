@@ -10,7 +10,7 @@ from model.attention import Heads
 from model.tile_attention import Tiling
 
 
-def test_candidates_fit_the_smaller_chips():
+def test_candidates_are_different_and_of_moderate_size():
     for is_text in (True, False):
         tried = list(tilings.candidates(is_text))
         assert len(set(tried)) == len(tried)
