@@ -114,7 +114,7 @@ def _products(a_low_MC, a_high_MC, b_low_NC, b_high_NC):
     return tl.dot(a_high_MC, tl.trans(b_high_NC), partial_MN, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def forward_kernel(
     qkv_ptr, out_ptr, lse_ptr, owner_ptr, place_ptr, cu_ptr, cos_ptr, sin_ptr, num_rows, stride, scale_log2,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,
@@ -156,14 +156,12 @@ def forward_kernel(
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
         out_MV = tl.dot(weights_MN.to(v_NV.dtype), v_NV, out_MV * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
-    _store_whole(
-        out_MV / sum_M[:, None], out_ptr + head * HEAD, NUM_HEADS * HEAD, start, count, HEAD, V, TILE
-    )
+    _store_whole(out_MV / sum_M[:, None], out_ptr + head * HEAD, NUM_HEADS * HEAD, start, count, HEAD, V, TILE)
     within_M = tl.arange(0, TILE)
     tl.store(lse_ptr + head * num_rows + start + within_M, top_M + tl.log2(sum_M), mask=within_M < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def query_gradient_kernel(
     qkv_ptr, dout_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, owner_ptr, place_ptr, cu_ptr, cos_ptr, sin_ptr,
     num_rows, stride, dout_stride, scale, scale_log2,
@@ -229,7 +227,7 @@ def query_gradient_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def key_gradient_kernel(
     qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, owner_ptr, place_ptr, cu_ptr, cos_ptr, sin_ptr,
     num_rows, stride, dout_stride, scale, scale_log2,

@@ -49,8 +49,18 @@ class Tilings:
 
 NARROW = Tilings(forward=Tiling(64, 64, 4, 2), query_gradient=Tiling(64, 64, 4, 2), key_gradient=Tiling(64, 64, 4, 2))
 """Head sizes up to 64."""
-WIDE = Tilings(forward=Tiling(64, 32, 4, 2), query_gradient=Tiling(64, 32, 4, 2), key_gradient=Tiling(64, 32, 4, 2))
-"""Head sizes up to 128: what fits the A100's shared memory."""
+WIDE = Tilings(forward=Tiling(64, 32, 8, 2), query_gradient=Tiling(64, 32, 4, 2), key_gradient=Tiling(64, 32, 8, 2))
+"""Head sizes up to 128, from compute capability 9.0."""
+WIDE_AMPERE = Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2))
+"""Head sizes up to 128 before: the A100's products take their operands from registers, which larger tiles spill."""
+
+
+def tilings_for(head_dim: int, device: torch.device) -> Tilings:
+    """The tilings for a head size on a device."""
+    if head_dim <= 64:
+        return NARROW
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return WIDE if is_hopper else WIDE_AMPERE
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ def tile_attention(
     `saves_out`; otherwise its gradient's part is computed again. Deterministic.
     """
     head_dim = qkv_PJ.shape[1] // (num_heads + 2 * num_kv_heads)
-    tilings = tilings or (NARROW if head_dim <= 64 else WIDE)
+    tilings = tilings or tilings_for(head_dim, qkv_PJ.device)
     call = _Call(num_heads, num_kv_heads, head_dim, layout, causal, rotary, tilings, saves_out)
     out_PV: Tensor = _TileAttention.apply(qkv_PJ, call)
     return out_PV

@@ -24,6 +24,7 @@ WITHOUT_OWN_TEST = {
     "model/settings.py",
     "lora/settings.py",
     "losses/settings.py",
+    "model/attention_kernels.py",  # launched, and tested, by model/tile_attention.py
 }
 
 

@@ -10,12 +10,12 @@ from model.packing import SequenceLayout
 from model.rotary import Rotary
 
 triton = pytest.importorskip("triton", reason="the kernels need triton")
-from model.tile_attention import NARROW, WIDE, Tiling, Tilings, tile_attention  # noqa: E402
+from model.tile_attention import NARROW, WIDE, WIDE_AMPERE, Tiling, Tilings, tile_attention  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tilings(Tiling(16, 16, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 4, 1))
 # One token alone, many in a tile, one across three tiles, one that ends with its tile.
-LENGTHS = [3, 1, 20, 2, 6, 33, 1, 15]
+LENGTHS = [3, 1, 12, 35, 1, 12]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def compare(lengths, heads, causal, turned, dtype, tilings, saves_out=True, layo
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 def test_values_and_gradients(causal, turned, saves_out):
-    errors = compare(LENGTHS, Heads(2, 2, 32), causal, turned, torch.float32, SMALL, saves_out)
+    errors = compare(LENGTHS, Heads(1, 1, 32), causal, turned, torch.float32, SMALL, saves_out)
     assert max(errors) < 2e-6
 
 
@@ -83,7 +83,7 @@ def test_head_sizes_that_are_no_power_of_two(head_dim):
     assert max(compare([5, 19], Heads(1, 1, head_dim), True, True, torch.float32, SMALL)) < 2e-6
 
 
-@pytest.mark.parametrize("tilings", [NARROW, WIDE])
+@pytest.mark.parametrize("tilings", [NARROW, WIDE, WIDE_AMPERE])
 def test_the_tilings_of_every_day(tilings):
     errors = compare([70, 1, 2, 3, 65], Heads(1, 1, 32), False, False, torch.float32, tilings)
     assert max(errors) < 2e-6
