@@ -20,7 +20,7 @@ from data.drops import DropLog
 from data.glossary import Glossary, group_of
 from data.reader import AudioReader
 from data.terms import normalise_term
-from losses.relations import SortedKeys, pair_mask
+from losses.pairs import SortedKeys, pair_mask
 from model.dual import DualEncoder
 from model.packing import AudioPack
 from retrieval.readout import encode_clips, score_clips

@@ -24,6 +24,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from losses.pairs import LocalPairs, LocalRelations, Pairs, equal_pairs, pair_mask, ship
+
 NO_TEXT = 0  # text_key of a clip without text
 
 
@@ -88,28 +90,6 @@ class BatchIds:
         num_fields = len(fields(cls))
         lengths = packed[:num_fields].tolist()
         return cls(*packed[num_fields:].split(lengths))
-
-
-@dataclass(frozen=True)
-class LocalRelations:
-    """The rows of one rank against the columns of all, dense, on the device. Masks are bool, weights float64.
-
-    Row weights are shares of the global mean: they sum to 1 over the rows of all ranks (or to 0, if none counts).
-    """
-
-    same_text_BG: Tensor  # clip's text equals column's text
-    textless_G: Tensor
-    audio_text_weight_B: Tensor  # 1 / number of clips with a text
-    positives_BN: Tensor
-    ignored_BN: Tensor
-    audio_term_weight_B: Tensor  # 1 / number of clips with a positive
-    no_term_weight_B: Tensor  # 1 / number of clips without any
-    positives_UG: Tensor
-    ignored_UG: Tensor
-    term_audio_weight_U: Tensor  # m_j / sum of m
-    term_log_count_N: Tensor  # log m_j
-    first_copy_N: Tensor  # index of term j among the gathered term rows
-    own_term_rows_U: Tensor  # index of the owned terms among this rank's own term rows
 
 
 @dataclass(frozen=True)
@@ -205,32 +185,39 @@ class Relations:
         return range(*bounds.tolist())
 
     def local(self, rank: int = 0, device: torch.device | str = "cpu") -> LocalRelations:
-        """The rows of `rank`. One process: rank 0 of a single part, whose rows are all rows."""
+        """The rows of `rank` as dense masks. One process: rank 0 of a single part, whose rows are all rows."""
+        return self.local_pairs(rank, device).dense()
+
+    def local_pairs(self, rank: int = 0, device: torch.device | str = "cpu") -> LocalPairs:
+        """The rows of `rank`, sparse."""
         clips, terms = self.clips_of(rank), self.terms_of(rank)
         num_positives_G = torch.bincount(self.positive_clip_P, minlength=self.num_clips)
         has_text_G, has_positive_G = self.text_keys_G != NO_TEXT, num_positives_G > 0
-        text_keys_G = ship(self.text_keys_G, device)
-        text_keys_B = text_keys_G[clips.start : clips.stop]
         own_first_copy_U = self.first_copy_N[terms.start : terms.stop]
-
-        def dense(rows: range, row_ids: Tensor, num_columns: int, column_ids: Tensor) -> Tensor:
-            mine = (row_ids >= rows.start) & (row_ids < rows.stop)
-            return pair_mask(row_ids[mine] - rows.start, column_ids[mine], len(rows), num_columns, device)
 
         def share_of_mean(counts_G: Tensor, rows: range) -> Tensor:
             weight_G = counts_G.double() / max(int(counts_G.sum()), 1)
             return ship(weight_G[rows.start : rows.stop], device)
 
-        return LocalRelations(
-            same_text_BG=(text_keys_B[:, None] == text_keys_G[None, :]) & (text_keys_B != NO_TEXT)[:, None],
-            textless_G=text_keys_G == NO_TEXT,
+        _, text_id_G, num_same_text = torch.unique(self.text_keys_G, return_inverse=True, return_counts=True)
+        m_P = self.counts_N[self.positive_term_P].double()
+        total_G = torch.zeros(self.num_clips, dtype=torch.float64).index_add_(0, self.positive_clip_P, m_P)
+        share_P = m_P / total_G[self.positive_clip_P]
+        own_P = (self.positive_clip_P >= clips.start) & (self.positive_clip_P < clips.stop)
+        return LocalPairs(
+            first_clip=clips.start,
+            first_term=terms.start,
+            is_whole=len(self.clip_starts) == 2,
+            text_id_G=ship(text_id_G.masked_fill(~has_text_G, -1).int(), device),
+            num_same_text_G=ship(num_same_text[text_id_G].masked_fill(~has_text_G, 0), device),
             audio_text_weight_B=share_of_mean(has_text_G, clips),
-            positives_BN=dense(clips, self.positive_clip_P, self.num_terms, self.positive_term_P),
-            ignored_BN=dense(clips, self.ignored_clip_I, self.num_terms, self.ignored_term_I),
+            positives_BN=_own_rows(clips, self.positive_clip_P, self.positive_term_P).to(device),
+            positive_share_P=ship(share_P[own_P], device),
+            ignored_BN=_own_rows(clips, self.ignored_clip_I, self.ignored_term_I).to(device),
             audio_term_weight_B=share_of_mean(has_positive_G, clips),
             no_term_weight_B=share_of_mean(~has_positive_G, clips),
-            positives_UG=dense(terms, self.positive_term_P, self.num_clips, self.positive_clip_P),
-            ignored_UG=dense(terms, self.ignored_term_I, self.num_clips, self.ignored_clip_I),
+            positives_UG=_own_rows(terms, self.positive_term_P, self.positive_clip_P).to(device),
+            ignored_UG=_own_rows(terms, self.ignored_term_I, self.ignored_clip_I).to(device),
             term_audio_weight_U=share_of_mean(self.counts_N, terms),
             # A term that no clip carries (a mined negative embedded with the batch) stands as one column.
             term_log_count_N=ship(self.counts_N.clamp(min=1).double().log(), device),
@@ -239,45 +226,11 @@ class Relations:
         )
 
 
-@dataclass(frozen=True)
-class SortedKeys:
-    """int64 keys that are asked for again and again: sorting a million takes longer than a step should."""
-
-    keys: Tensor
-    order: Tensor
-
-    @classmethod
-    def of(cls, keys: Tensor) -> "SortedKeys":
-        return cls(*keys.sort(stable=True))
-
-    def matches(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """All (i, j) with queries[i] == keys[j] (as given, unsorted), as two int64 vectors ordered by i."""
-        first = torch.searchsorted(self.keys, queries)
-        num_matches = torch.searchsorted(self.keys, queries, right=True) - first
-        query = torch.arange(queries.numel()).repeat_interleave(num_matches)
-        within = torch.arange(query.numel()) - (num_matches.cumsum(0) - num_matches).repeat_interleave(num_matches)
-        return query, self.order[first.repeat_interleave(num_matches) + within]
-
-
-def equal_pairs(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """All (i, j) with queries[i] == keys[j], as two int64 vectors ordered by i: a sort-merge join."""
-    return SortedKeys.of(keys).matches(queries)
-
-
-def pair_mask(
-    row_ids: Tensor, column_ids: Tensor, num_rows: int, num_columns: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """bool [num_rows, num_columns], true at the given pairs. Only the pairs travel to the device."""
-    mask = torch.zeros(num_rows * num_columns, dtype=torch.bool, device=device)
-    flat = ship(row_ids * num_columns + column_ids, device)
-    return mask.index_fill_(0, flat, True).view(num_rows, num_columns)
-
-
-def ship(table: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on the device. Pinned first, as the host waits for the device's queue when it sends other memory."""
-    if torch.device(device).type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)
+def _own_rows(rows: range, row_ids: Tensor, column_ids: Tensor) -> Pairs:
+    """The pairs of these rows, counted from the first of them."""
+    mine = (row_ids >= rows.start) & (row_ids < rows.stop)
+    row_P, order = row_ids[mine].sort(stable=True)
+    return Pairs(row_P - rows.start, column_ids[mine][order])
 
 
 def _first_copies(keys: Tensor) -> Tensor:

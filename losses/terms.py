@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from losses.infonce import floor_of, weighted_sum
-from losses.relations import Relations, SortedKeys, pair_mask
+from losses.pairs import SortedKeys, pair_mask
+from losses.relations import Relations
 from losses.scores import ClipScorer, UnitRows
 
 

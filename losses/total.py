@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from losses.infonce import cosine_scores, multi_positive_cross_entropy, multi_positive_infonce, weighted_sum
-from losses.relations import LocalRelations
+from losses.pairs import LocalRelations
 from losses.scores import TermScores
 from losses.settings import LossSettings
 from losses.terms import hard_negative_loss, no_term_loss

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losses.relations import BatchIds, Relations, equal_pairs
+from losses.pairs import equal_pairs
+from losses.relations import BatchIds, Relations
 
 
 @settings(max_examples=50, deadline=None)
