@@ -1,0 +1,188 @@
+"""Triton kernels of the tiled InfoNCE (losses/tiled.py says what they compute, and is their reference).
+
+  _tile_sums        one tile of scores -> its rows' and its columns' log-sum-exps; a small sum over tiles follows
+  _tile_gradient    one tile of scores again -> G = d loss / d scores, bf16, into a panel of PANEL x PANEL that stays in
+                    the cache, where two matrix products of the library add it to d rows and d cols
+
+Products run on the tensor cores in bf16 with fp32 sums. bf16 embeddings go in as they are. Those of fp32 are split,
+x = high + low (two bf16, 16 bits of mantissa), and a score is high high + low high + high low: its error is about 2^-17
+of the terms' size, where bf16 alone would give 2^-9, too much once divided by the temperature, and where tf32's three
+products would cost twice as much. G, which is already the difference of softmax and target, is rounded once to bf16,
+and its products take the high parts: 2^-9 of each *term* of a gradient, not of the loss.
+
+While 2 / temperature is below 69 (temperature 0.029 for unit rows), exp(score - 1 / temperature) can neither overflow
+nor vanish, so one exponential serves rows and columns and no maximum is searched for. Otherwise each direction has its
+own. The choice is made on the device: nothing here waits for it.
+
+Works from compute capability 8.0 (A100). `TRITON_INTERPRET=1` runs the kernels on the CPU, for tests.
+
+Shapes: R rows, C columns, E embedding (padded to a multiple of 64), P pairs.
+"""
+
+import triton
+import triton.language as tl
+
+TILE = 128  # rows of a tile, and columns of the places that pairs are sorted by
+STEP = 64  # of the embedding's width
+PANEL = 4096  # 32 MiB of G in bf16
+LOG2E = 1.4426950408889634
+FAST = 50.0  # twice this, as an exponent of 2, is well inside of fp32
+
+
+@triton.jit
+def tile_scores(a_ptr, b_ptr, rows, cols, a_stride, b_stride, E: tl.constexpr, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """[BM, BN] fp32 products of rows of a and b (bf16, [high | low] where split). rows, cols are within bounds."""
+    within = tl.arange(0, BK)
+    a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * a_stride + within[None, :]
+    b_ptrs = b_ptr + cols.to(tl.int64)[:, None] * b_stride + within[None, :]
+    STEPS: tl.constexpr = E // BK
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
+    for step in range(0, STEPS * (1 + SPLIT_A + SPLIT_B)):
+        part = step // STEPS  # 0: high high; 1: low high (if a is split); the last: high low (if b is)
+        at = (step % STEPS) * BK
+        a_at = at
+        b_at = at
+        if SPLIT_A:
+            a_at += tl.where(part == 1, E, 0)
+        if SPLIT_B:
+            b_at += tl.where(part == 1 + SPLIT_A, E, 0)
+        a = tl.load(a_ptrs + a_at)
+        b = tl.load(b_ptrs + b_at)
+        acc = tl.dot(a, tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
+def at_pairs(tile, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, value_ptr, at, WIDTH: tl.constexpr, ADD: tl.constexpr, fill):  # fmt: skip
+    """The tile with `fill` at the pairs in it, or with their values added. `at`: the first of its WIDTH places."""
+    p = tl.load(starts_ptr + at)
+    last = tl.load(starts_ptr + at + WIDTH)
+    while p < last:
+        here = (rows == tl.load(pair_row_ptr + p))[:, None] & (cols == tl.load(pair_col_ptr + p))[None, :]
+        if ADD:
+            tile = tl.where(here, tile + tl.load(value_ptr + p), tile)
+        else:
+            tile = tl.where(here, fill, tile)
+        p += 1
+    return tile
+
+
+@triton.jit
+def tile_of(program, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile): GROUP row tiles share a column tile before the next one, so that the cache serves both."""
+    in_group = GROUP * num_col_tiles
+    first = (program // in_group) * GROUP
+    height = tl.minimum(num_row_tiles - first, GROUP)
+    return first + (program % in_group) % height, (program % in_group) // height
+
+
+@triton.jit
+def _tile_sums(
+    a_ptr, b_ptr, scale_ptr, reach_ptr, row_bias_ptr, col_bias_ptr, starts_ptr, pair_row_ptr, pair_col_ptr,
+    row_part_ptr, col_part_ptr, num_rows, num_cols, a_stride, b_stride,
+    E: tl.constexpr, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
+    FAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = tile_of(tl.program_id(0), tl.cdiv(num_rows, BM), tl.cdiv(num_cols, BN), GROUP)
+    rows = row_tile * BM + tl.arange(0, BM)
+    cols = col_tile * BN + tl.arange(0, BN)
+    score = tile_scores(
+        a_ptr, b_ptr, tl.minimum(rows, num_rows - 1), tl.minimum(cols, num_cols - 1), a_stride, b_stride,
+        E, SPLIT_A, SPLIT_B, BK,
+    )  # fmt: skip
+    score = score * tl.load(scale_ptr)  # logarithms are to base 2 throughout
+    reach = tl.load(reach_ptr)
+    col_bias = tl.load(col_bias_ptr + cols, mask=cols < num_cols, other=-float("inf"))
+    WIDTH: tl.constexpr = BN // 128
+    at = row_tile * tl.cdiv(num_cols, 128) + col_tile * WIDTH
+    if SYMMETRIC:
+        row_bias = tl.load(row_bias_ptr + rows, mask=rows < num_rows, other=-float("inf"))
+    if reach < FAST:
+        p = tl.exp2(score - reach)
+        if PAIRS:
+            p = at_pairs(p, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, WIDTH, False, 0.0)
+        row_lse = reach + tl.log2(tl.sum(p * tl.exp2(col_bias)[None, :], axis=1))
+        tl.store(row_part_ptr + col_tile * WIDTH * num_rows + rows, row_lse, mask=rows < num_rows)
+        if SYMMETRIC:
+            col_lse = reach + tl.log2(tl.sum(p * tl.exp2(row_bias)[:, None], axis=0))
+            tl.store(col_part_ptr + row_tile * num_cols + cols, col_lse, mask=cols < num_cols)
+    else:
+        if PAIRS:
+            score = at_pairs(
+                score, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, WIDTH, False, -float("inf")
+            )
+        biased = score + col_bias[None, :]
+        top = tl.max(biased, axis=1)
+        top = tl.where(top == -float("inf"), 0.0, top)
+        row_lse = top + tl.log2(tl.sum(tl.exp2(biased - top[:, None]), axis=1))
+        tl.store(row_part_ptr + col_tile * WIDTH * num_rows + rows, row_lse, mask=rows < num_rows)
+        if SYMMETRIC:
+            biased = score + row_bias[:, None]
+            col_top = tl.max(biased, axis=0)
+            col_top = tl.where(col_top == -float("inf"), 0.0, col_top)
+            col_lse = col_top + tl.log2(tl.sum(tl.exp2(biased - col_top[None, :]), axis=0))
+            tl.store(col_part_ptr + row_tile * num_cols + cols, col_lse, mask=cols < num_cols)
+
+
+@triton.jit
+def _tile_gradient(
+    a_ptr, b_ptr, g_ptr, scale_ptr, reach_ptr, row_bias_ptr, col_bias_ptr, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr,
+    starts_ptr, pair_row_ptr, pair_col_ptr, pos_starts_ptr, pos_row_ptr, pos_col_ptr, pos_value_ptr,
+    row_key_ptr, col_key_ptr, row_pull_ptr, col_pull_ptr,
+    row_start, col_start, row_stop, col_stop, num_cols, a_stride, b_stride, g_stride,
+    E: tl.constexpr, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
+    POSITIVES: tl.constexpr, KEYS: tl.constexpr, FAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_tile, col_tile = tile_of(tl.program_id(0), tl.cdiv(row_stop - row_start, BM), tl.cdiv(col_stop - col_start, BN), GROUP)
+    rows = row_start + row_tile * BM + tl.arange(0, BM)
+    cols = col_start + col_tile * BN + tl.arange(0, BN)
+    row_ok = rows < row_stop
+    col_ok = cols < col_stop
+    score = tile_scores(
+        a_ptr, b_ptr, tl.minimum(rows, row_stop - 1), tl.minimum(cols, col_stop - 1), a_stride, b_stride,
+        E, SPLIT_A, SPLIT_B, BK,
+    )  # fmt: skip
+    score = score * tl.load(scale_ptr)
+    reach = tl.load(reach_ptr)
+    NONE: tl.constexpr = -float("inf")
+    col_bias = tl.load(col_bias_ptr + cols, mask=col_ok, other=NONE)
+    row_lse = tl.load(row_lse_ptr + rows, mask=row_ok, other=float("inf"))
+    d_row = tl.load(d_row_ptr + rows, mask=row_ok, other=0.0)
+    if SYMMETRIC:
+        row_bias = tl.load(row_bias_ptr + rows, mask=row_ok, other=NONE)
+        col_lse = tl.load(col_lse_ptr + cols, mask=col_ok, other=float("inf"))
+        d_col = tl.load(d_col_ptr + cols, mask=col_ok, other=0.0)
+    if reach < FAST:
+        g = (d_row * tl.exp2(reach - row_lse))[:, None] * tl.exp2(col_bias)[None, :]
+        if SYMMETRIC:
+            g += (d_col * tl.exp2(reach - col_lse))[None, :] * tl.exp2(row_bias)[:, None]
+        g = g * tl.exp2(score - reach)
+    else:
+        g = d_row[:, None] * tl.exp2(score + col_bias[None, :] - row_lse[:, None])
+        if SYMMETRIC:
+            g += d_col[None, :] * tl.exp2(score + row_bias[:, None] - col_lse[None, :])
+    WIDTH: tl.constexpr = BN // 128
+    at = (row_start // BM + row_tile) * tl.cdiv(num_cols, 128) + col_start // 128 + col_tile * WIDTH
+    if PAIRS:
+        g = at_pairs(g, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, WIDTH, False, 0.0)
+    if KEYS:
+        row_key = tl.load(row_key_ptr + rows, mask=row_ok, other=-1)
+        col_key = tl.load(col_key_ptr + cols, mask=col_ok, other=-2)
+        pull = tl.load(row_pull_ptr + rows, mask=row_ok, other=0.0)[:, None]
+        if SYMMETRIC:
+            pull = pull + tl.load(col_pull_ptr + cols, mask=col_ok, other=0.0)[None, :]
+        g += tl.where((row_key[:, None] == col_key[None, :]) & (row_key >= 0)[:, None], pull, 0.0)
+    if POSITIVES:
+        g = at_pairs(g, rows, cols, pos_starts_ptr, pos_row_ptr, pos_col_ptr, pos_value_ptr, at, WIDTH, True, 0.0)
+    places = (rows - row_start).to(tl.int64)[:, None] * g_stride + (cols - col_start)[None, :]
+    tl.store(g_ptr + places, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+
+
+CONFIGS = [
+    triton.Config({"BM": TILE, "BN": width, "BK": STEP, "GROUP": 8}, num_warps=warps, num_stages=stages)
+    for width, warps, stages in ((128, 4, 3), (128, 8, 3), (128, 4, 4), (256, 8, 3), (256, 8, 4))
+]
+SHAPE = ["E", "SPLIT_A", "SPLIT_B", "SYMMETRIC", "PAIRS"]  # tuned once for each, not for every number of rows
+tuned_sums = triton.autotune(CONFIGS, key=SHAPE)(_tile_sums)
+tuned_gradient = triton.autotune(CONFIGS, key=[*SHAPE, "POSITIVES", "KEYS"])(_tile_gradient)
