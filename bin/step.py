@@ -24,7 +24,9 @@ from data.batches import Batch
 from distributed.bigbatch import TwoPass, chunk_bounds
 from distributed.collectives import gather_int_arrays, gather_json, gather_row_blocks
 from distributed.processes import World
-from losses.relations import BatchIds, Relations, ship
+from losses.choice import choose_kernels
+from losses.pairs import ship
+from losses.relations import BatchIds, Relations
 from losses.scores import TermScores
 from losses.settings import LossSettings
 from losses.temperature import Temperature
@@ -133,7 +135,16 @@ def loss_share(
     batch = fed.batch
     packed, counts = gather_int_arrays([batch_ids(batch).pack()])[0]
     relations = Relations.build([BatchIds.unpack(part) for part in packed.split(counts)])
-    local = relations.local(world.rank, device)
+    kernels = choose_kernels(
+        settings.loss_kernels,
+        device,
+        model.audio_head.weight.dtype,
+        relations.num_clips,
+        relations.num_terms,
+        model.windows is not None,
+    )
+    pairs = relations.local_pairs(world.rank, device)
+    local = pairs if kernels.tiled else pairs.dense()
 
     own = own or encode_all(model, fed)
     text_BE = align_texts(own.text_TE, ship(torch.from_numpy(batch.text_row_B), device))
@@ -153,10 +164,8 @@ def loss_share(
         cosine_GN = gather_row_blocks([cosine_BN], [clip_counts])[0]
         mine = relations.terms_of(world.rank)
         term_scores = TermScores(cosine_BN, cosine_GN[:, mine.start : mine.stop].T, own.clips)
-    bank_KE = bank_left_out_BK = None
-    if bank is not None:
-        bank_KE, bank_left_out_BK = bank.embeddings_KE, bank.left_out_BK(relations, world.rank)
-    share, parts = total_loss(embeddings, local, temperature(), settings, bank_KE, bank_left_out_BK, term_scores)
+    negatives = None if bank is None else bank.against(relations, world.rank)
+    share, parts = total_loss(embeddings, local, temperature(), settings, negatives, term_scores, kernels.triton)
     return share, parts, relations
 
 

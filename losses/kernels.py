@@ -30,7 +30,10 @@ FAST = 50.0  # twice this, as an exponent of 2, is well inside of fp32
 
 
 @triton.jit
-def tile_scores(a_ptr, b_ptr, rows, cols, a_stride, b_stride, E: tl.constexpr, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+def tile_scores(
+    a_ptr, b_ptr, rows, cols, a_stride, b_stride,
+    E: tl.constexpr, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """[BM, BN] fp32 products of rows of a and b (bf16, [high | low] where split). rows, cols are within bounds."""
     within = tl.arange(0, BK)
     a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * a_stride + within[None, :]
@@ -53,7 +56,10 @@ def tile_scores(a_ptr, b_ptr, rows, cols, a_stride, b_stride, E: tl.constexpr, S
 
 
 @triton.jit
-def at_pairs(tile, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, value_ptr, at, WIDTH: tl.constexpr, ADD: tl.constexpr, fill):  # fmt: skip
+def at_pairs(
+    tile, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, value_ptr, at,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, fill,
+):  # fmt: skip
     """The tile with `fill` at the pairs in it, or with their values added. `at`: the first of its WIDTH places."""
     p = tl.load(starts_ptr + at)
     last = tl.load(starts_ptr + at + WIDTH)
@@ -69,7 +75,7 @@ def at_pairs(tile, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, value_ptr
 
 @triton.jit
 def tile_of(program, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile): GROUP row tiles share a column tile before the next one, so that the cache serves both."""
+    """(row tile, column tile): GROUP row tiles share a column tile before the next one, which the cache then serves."""
     in_group = GROUP * num_col_tiles
     first = (program // in_group) * GROUP
     height = tl.minimum(num_row_tiles - first, GROUP)
@@ -126,7 +132,8 @@ def _tile_sums(
 
 @triton.jit
 def _tile_gradient(
-    a_ptr, b_ptr, g_ptr, scale_ptr, reach_ptr, row_bias_ptr, col_bias_ptr, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr,
+    a_ptr, b_ptr, g_ptr, scale_ptr, reach_ptr,
+    row_bias_ptr, col_bias_ptr, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr,
     starts_ptr, pair_row_ptr, pair_col_ptr, pos_starts_ptr, pos_row_ptr, pos_col_ptr, pos_value_ptr,
     row_key_ptr, col_key_ptr, row_pull_ptr, col_pull_ptr,
     row_start, col_start, row_stop, col_stop, num_cols, a_stride, b_stride, g_stride,
@@ -134,7 +141,9 @@ def _tile_gradient(
     POSITIVES: tl.constexpr, KEYS: tl.constexpr, FAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = tile_of(tl.program_id(0), tl.cdiv(row_stop - row_start, BM), tl.cdiv(col_stop - col_start, BN), GROUP)
+    row_tile, col_tile = tile_of(
+        tl.program_id(0), tl.cdiv(row_stop - row_start, BM), tl.cdiv(col_stop - col_start, BN), GROUP
+    )
     rows = row_start + row_tile * BM + tl.arange(0, BM)
     cols = col_start + col_tile * BN + tl.arange(0, BN)
     row_ok = rows < row_stop
@@ -179,9 +188,11 @@ def _tile_gradient(
     tl.store(g_ptr + places, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 
 
+# A few only: each must be compiled before it can be timed. The limit on registers lets two tiles share a processor.
 CONFIGS = [
-    triton.Config({"BM": TILE, "BN": width, "BK": STEP, "GROUP": 8}, num_warps=warps, num_stages=stages)
-    for width, warps, stages in ((128, 4, 3), (128, 8, 3), (128, 4, 4), (256, 8, 3), (256, 8, 4))
+    triton.Config({"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}, num_warps=8, num_stages=3),
+    triton.Config({"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}, num_warps=8, num_stages=3, maxnreg=128),
+    triton.Config({"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}, num_warps=4, num_stages=3),
 ]
 SHAPE = ["E", "SPLIT_A", "SPLIT_B", "SYMMETRIC", "PAIRS"]  # tuned once for each, not for every number of rows
 tuned_sums = triton.autotune(CONFIGS, key=SHAPE)(_tile_sums)

@@ -2,7 +2,7 @@
 
 Pairs grow with the batch, masks with its square: at 32,768 clips and as many terms a mask is a gigabyte.
 
-Shapes: B clips of this rank, G of all ranks, U unique terms owned by this rank, N of all ranks, P pairs, R rows, C columns.
+Shapes: B clips of this rank, G of all ranks, U unique terms owned by this rank, N of all ranks, P pairs.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """(row, column) places, int64, sorted by row. A row of -1 is padding and stands for nothing."""
+    """(row, column) places, int64, in any order. A row of -1 is padding and stands for nothing."""
 
     row_P: Tensor
     col_P: Tensor

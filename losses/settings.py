@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 MIN_TEMPERATURE = 0.01  # 1 / 100: CLIP's upper bound on the inverse temperature
+KERNEL_CHOICES = ("auto", "fused", "dense")
 
 
 @dataclass
@@ -27,6 +28,8 @@ class LossSettings:
     """Weight of the loss that keeps clips without any term away from all terms; 0 turns it off."""
     no_term_margin: float = 0.3
     """Cosine below which a term no longer bothers a clip without terms."""
+    loss_kernels: str = "auto"
+    """fused: scores are made tile by tile, never held; dense: plain matrices; auto: fused where batches are large."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= MIN_TEMPERATURE:
@@ -42,6 +45,8 @@ class LossSettings:
             raise ValueError(f"hard_neg_margin is {self.hard_neg_margin}; allowed: from 0 up to, not including, 1")
         if not -1.0 <= self.no_term_margin <= 1.0:
             raise ValueError(f"no_term_margin is {self.no_term_margin}; allowed: a cosine, -1 to 1")
+        if self.loss_kernels not in KERNEL_CHOICES:
+            raise ValueError(f"loss_kernels is {self.loss_kernels!r}; allowed: {', '.join(KERNEL_CHOICES)}")
         weights = (self.audio_text_loss_ratio, self.audio_term_loss_ratio, self.no_term_loss_ratio)
         if not any(weights) and not (self.enable_hard_neg and self.hard_neg_weight):
             raise ValueError("every loss weight is 0, so nothing would be trained; raise audio_term_loss_ratio")

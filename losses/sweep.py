@@ -1,12 +1,13 @@
-"""One sweep of clips over a frozen bank of terms: log-sum-exp, its gradient, and the hardest negatives of each clip, while
-the scores live only as long as their chunk of the bank.
+"""One sweep of clips over a frozen bank of terms: log-sum-exp, its gradient, and the hardest negatives of each clip,
+while the scores live only as long as their chunk of the bank.
 
-A bank entry is a *candidate* of a clip unless it is left out by name (a positive, a variant of one, a term that the batch
-embeds itself) or scores above the clip's limit (taken for a false negative: Moreira et al. 2024, "NV-Retriever").
+A bank entry is a *candidate* of a clip unless it is left out by name (a positive, a variant of one, a term that the
+batch embeds itself) or scores above the clip's limit (taken for a false negative: Moreira et al. 2024, "NV-Retriever").
 
 The bank is a constant: gradients go to the clips and the temperature. As the gradient of a log-sum-exp is the mean of
-the columns weighted by their softmax, it is summed up during the same sweep (the running maximum and rescaling of Milakov
-and Gimelshein 2018, "Online normalizer calculation for softmax"), and the backward pass multiplies by one number a row.
+the columns weighted by their softmax, it is summed up during the same sweep (the running maximum and rescaling of
+Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"); the backward pass multiplies by one number a
+row.
 
 Two ways: torch (any device and dtype), and Triton (losses/sweep_triton.py).
 
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.infonce import cosine_scores, floor_of
+from losses.dots import statistics_dtype
+from losses.infonce import floor_of
 from losses.pairs import Pairs
 from losses.scores import ClipScorer, UnitRows
-from losses.tiled import statistics_dtype
 
 CHUNK_NUMBERS = 2**22  # scores that the torch way holds at once
 
@@ -37,10 +38,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Swept:
-    """top_BH, index_BH: the highest candidates' cosines, in descending order, and their places in the bank; at or below
-    `floor_of` where a clip has no further candidate (its place then says nothing). lse_B: log-sum-exp of the candidates'
-    scores (-inf of none); mean_BE: the candidates' mean embedding weighted by their softmax, which times 1 / temperature
-    is d lse / d audio. None where not asked for."""
+    """top_BH, index_BH: the highest candidates' cosines, in descending order, and their places in the bank; at or
+    below `floor_of` where a clip has no further candidate (its place then says nothing). lse_B: log-sum-exp of the
+    candidates' scores (-inf of none); mean_BE: the candidates' mean embedding weighted by their softmax, which times
+    1 / temperature is d lse / d audio. None where not asked for."""
 
     top_BH: Tensor | None
     index_BH: Tensor | None
@@ -102,6 +103,8 @@ class _BankContrast(torch.autograd.Function):
         ctx.save_for_backward(audio_BE, inv_temperature, swept.mean_BE)
         ctx.mark_non_differentiable(swept.top_BH, swept.index_BH)
         lse_B = swept.lse_B.clamp(min=floor_of(swept.lse_B))
+        assert swept.top_BH is not None
+        assert swept.index_BH is not None
         return lse_B, swept.top_BH, swept.index_BH
 
     @staticmethod
@@ -147,7 +150,7 @@ def sweep(
 
 
 def _places(left_out: LeftOut, start: int, num_clips: int, width: int) -> Tensor:
-    """bool [B, W]: what is left out among the entries from `start`. Pairs elsewhere are written to one place too many."""
+    """bool [B, W]: what is left out among the entries from `start`. Other pairs are written to one place too many."""
     (row_Q, entry_Q), entry_J = left_out.pairs_Q, left_out.entry_J
     out = torch.zeros(num_clips * width + 1, dtype=torch.bool, device=row_Q.device)
     inside_Q = (entry_Q >= start) & (entry_Q < start + width) & (row_Q >= 0)

@@ -1,21 +1,21 @@
 """Triton kernels of the sweep over a bank (losses/sweep.py is their reference).
 
-  _bank_tile        a tile of cosines -> the candidates' exponentials (bf16, into the chunk that the library then multiplies
-                    with the bank), their sum, and the highest candidate of each row's TILE columns
-  _rescore          cosines of each row with the tiles that hold its highest candidates, once more
+  _bank_tile    a tile of cosines -> the candidates' exponentials (bf16, into the chunk that the library then multiplies
+                with the bank), their sum, and the highest candidate among each row's TILE columns
+  rescore       cosines of each row with the tiles that hold its highest candidates, once more
 
 The k highest of a row lie in the k tiles with the highest maxima, so only those are looked at again: k * TILE numbers a
 row instead of the whole bank.
 
-Exponentials are taken against a fixed reference per row, 60 powers of e below the row's largest possible score, which is
-its limit. Nothing overflows, and a candidate is lost only if it is 147 powers of e below the limit: with temperature 0.07
-cosines span 29, at 0.01 (the least allowed) that is a cosine 1.47 below.
+Exponentials are taken against a fixed reference per row, 60 powers of e below the row's largest possible score, which
+is its limit. Nothing overflows, and a candidate is lost only if it is 147 powers of e below the limit: with temperature
+0.07 cosines span 29 powers in all, and at 0.01, the least allowed, that is a cosine 1.47 below.
 """
 
 import triton
 import triton.language as tl
 
-from losses.kernels import STEP, TILE, at_pairs, tile_of, tile_scores
+from losses.kernels import CONFIGS, at_pairs, tile_of, tile_scores
 
 
 @triton.jit
@@ -41,9 +41,13 @@ def _bank_tile(
     is_out = tl.load(is_out_ptr + cols, mask=col_ok, other=1)
     cosine = tl.where((cosine <= limit[:, None]) & (is_out == 0)[None, :], cosine, -float("inf"))
     at = row_tile * tl.cdiv(num_cols, 128) + col_start // 128 + col_tile
-    cosine = at_pairs(cosine, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, 1, False, -float("inf"))
+    cosine = at_pairs(
+        cosine, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, 1, False, -float("inf")
+    )
     if TOPS:
-        tl.store(top_ptr + rows.to(tl.int64) * top_stride + col_start // 128 + col_tile, tl.max(cosine, axis=1), mask=row_ok)
+        tl.store(
+            top_ptr + rows.to(tl.int64) * top_stride + col_start // 128 + col_tile, tl.max(cosine, axis=1), mask=row_ok
+        )
     if SUMS:
         reference = tl.load(reference_ptr + rows, mask=row_ok, other=0.0)
         p = tl.exp2(cosine * tl.load(scale_ptr) - reference[:, None])
@@ -81,8 +85,4 @@ def rescore(
     tl.store(out_ptr + (row * num_tiles + place) * BN + tl.arange(0, BN), sums)
 
 
-CONFIGS = [
-    triton.Config({"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}, num_warps=warps, num_stages=stages)
-    for warps, stages in ((4, 3), (8, 3), (4, 4), (8, 4))
-]
 tuned_bank_tile = triton.autotune(CONFIGS, key=["E", "SPLIT_A", "SPLIT_B", "SUMS", "TOPS"])(_bank_tile)

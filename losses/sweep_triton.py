@@ -1,6 +1,6 @@
 """The sweep over a bank on the GPU: one kernel and one matrix product a chunk (losses/sweep_kernels.py).
 
-Shapes: B clips, K bank entries, E embedding, H hardest, Q (clip, entry) pairs, T tiles of the bank, W entries of a chunk.
+Shapes: B clips, K bank entries, E embedding, H hardest, Q (clip, entry) pairs, T tiles of the bank, W of a chunk.
 """
 
 import torch
@@ -19,9 +19,7 @@ BELOW_LIMIT = 60.0 * LOG2E
 
 
 @torch.no_grad()
-def sweep(
-    audio_BE: Tensor, bank_KE: Tensor, left_out: LeftOut, limit_B: Tensor, k: int, inv_t: Tensor | None
-) -> Swept:
+def sweep(audio_BE: Tensor, bank_KE: Tensor, left_out: LeftOut, limit_B: Tensor, k: int, inv_t: Tensor | None) -> Swept:
     """See losses.sweep.sweep."""
     (num_clips, dim), num_entries = audio_BE.shape, bank_KE.shape[0]
     num_top = min(k, num_entries)
@@ -30,7 +28,9 @@ def sweep(
     if num_clips == 0 or num_entries == 0:
         top_BH = torch.full((num_clips, num_top), floor, device=device)
         lse_B = torch.full((num_clips,), -torch.inf, device=device)
-        return Swept(top_BH, torch.zeros_like(top_BH, dtype=torch.int64), lse_B, torch.zeros(num_clips, dim, device=device))
+        return Swept(
+            top_BH, torch.zeros_like(top_BH, dtype=torch.int64), lse_B, torch.zeros(num_clips, dim, device=device)
+        )
     limit_B = limit_B.float().contiguous()
     index = TileIndex.of(left_out.pairs_Q, num_clips, num_entries)
     is_out_K = torch.zeros(num_entries, dtype=torch.int8, device=device).index_fill_(0, left_out.entry_J, 1)
@@ -40,7 +40,10 @@ def sweep(
     pitch = triton.cdiv(width, 8) * 8
     tops_BT = torch.empty(num_clips, num_tiles if num_top else 0, device=device)
     p_BW = torch.empty(
-        num_clips if inv_t is not None else 0, pitch, device=device, dtype=torch.float32 if INTERPRETED else torch.bfloat16
+        num_clips if inv_t is not None else 0,
+        pitch,
+        device=device,
+        dtype=torch.float32 if INTERPRETED else torch.bfloat16,
     )
     part_WB = torch.empty(triton.cdiv(width, TILE), num_clips, device=device)
     scale = torch.ones((), device=device) if inv_t is None else inv_t.float() * LOG2E
@@ -73,7 +76,14 @@ def sweep(
 
 
 def _hardest(
-    audio_BE: Tensor, bank_KE: Tensor, left_Q: Pairs, limit_B: Tensor, is_out_K: Tensor, tops_BT: Tensor, k: int, floor: float
+    audio_BE: Tensor,
+    bank_KE: Tensor,
+    left_Q: Pairs,
+    limit_B: Tensor,
+    is_out_K: Tensor,
+    tops_BT: Tensor,
+    k: int,
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     """The k highest candidates of each row, out of the k tiles with the highest maxima."""
     num_clips, num_tiles = tops_BT.shape

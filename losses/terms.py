@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from losses.infonce import floor_of, weighted_sum
-from losses.pairs import SortedKeys, pair_mask
+from losses.pairs import Pairs, SortedKeys
 from losses.relations import Relations
 from losses.scores import ClipScorer, UnitRows
+from losses.sweep import LeftOut, hardest_of_bank
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,16 @@ class TermBank:
     keys_K: Tensor  # int64, CPU
     groups_K: Tensor  # int64, CPU
 
-    def left_out_BK(self, relations: Relations, rank: int) -> Tensor:
-        """bool [B, K] on the bank's device: entries that are no negative of a clip (a positive, a variant of one or of
-        a cut term), and entries that the batch itself embeds, which stand there fresh."""
+    def against(self, relations: Relations, rank: int) -> "BankNegatives":
+        """The bank as the clips of `rank` see it. Left out are entries that are no negative of a clip (a positive, a
+        variant of one or of a cut term), and entries that the batch itself embeds, which stand there fresh."""
         device, clips = self.embeddings_KE.device, relations.clips_of(rank)
         mine = (relations.clip_Q >= clips.start) & (relations.clip_Q < clips.stop)
-        query, entry = self._by_group.matches(relations.group_Q[mine])
-        clip = relations.clip_Q[mine][query] - clips.start
-        _, in_batch = self._by_key.matches(relations.term_keys_N)
-        in_batch_1K = pair_mask(torch.zeros_like(in_batch), in_batch, 1, self.keys_K.numel(), device)
-        return pair_mask(clip, entry, len(clips), self.keys_K.numel(), device) | in_batch_1K
+        query, entry_Q = self._by_group.matches(relations.group_Q[mine])
+        row_Q = relations.clip_Q[mine][query] - clips.start
+        _, in_batch_J = self._by_key.matches(relations.term_keys_N)
+        left_out = LeftOut(Pairs(row_Q, entry_Q).to(device), in_batch_J.to(device, non_blocking=True))
+        return BankNegatives(self.embeddings_KE.detach(), left_out)
 
     @cached_property
     def _by_group(self) -> SortedKeys:
@@ -42,6 +43,14 @@ class TermBank:
     @cached_property
     def _by_key(self) -> SortedKeys:
         return SortedKeys.of(self.keys_K)
+
+
+@dataclass(frozen=True)
+class BankNegatives:
+    """A bank, and what in it is no negative of this rank's clips."""
+
+    embeddings_KE: Tensor
+    left_out: LeftOut
 
 
 def hard_negative_loss(
@@ -53,9 +62,9 @@ def hard_negative_loss(
     inv_temperature: Tensor,
     k: int,
     margin: float,
-    bank_KE: Tensor | None = None,
-    bank_left_out_BK: Tensor | None = None,
+    bank: BankNegatives | None = None,
     clips: ClipScorer | None = None,
+    triton: bool = False,
 ) -> Tensor:
     """This rank's share, a scalar: per clip with positives, the mean over its positives p of
 
@@ -64,7 +73,7 @@ def hard_negative_loss(
     Candidates with cosine above pos - |pos| * margin, pos being the clip's best positive, are taken for false negatives
     (TopK-MarginPos: Moreira et al. 2024, "NV-Retriever"). Which k are hardest is decided without gradient; their scores
     carry it to the audio and, for terms of the batch, to the term side. A clip with no candidate left contributes 0.
-    `clips` scores the bank; None: by the product with audio_BE.
+    `clips` scores the bank; None: by the product with audio_BE. triton: search it with kernels.
     """
     clips = clips or UnitRows(audio_BE)
     with torch.no_grad():
@@ -76,26 +85,28 @@ def hard_negative_loss(
         usable_BH = open_BN.gather(1, hardest_BH)
     negatives_BH = cosine_BN.gather(1, hardest_BH).masked_fill(~usable_BH, floor)
 
-    if bank_KE is not None:
-        assert bank_left_out_BK is not None
-        assert bank_left_out_BK.shape == (audio_BE.shape[0], bank_KE.shape[0])
-        bank_KE = bank_KE.detach()
-        with torch.no_grad():
-            bank_BK = clips.against(bank_KE)
-            bank_BK.masked_fill_(bank_left_out_BK | (bank_BK > limit_B1), floor)
-            top_BH, hardest_BH = bank_BK.topk(min(k, bank_KE.shape[0]), dim=1)
+    if bank is not None:
         # Only the chosen entries are scored with gradient: [B, K] scores of a large bank would not be worth saving.
-        chosen_BHE = bank_KE[hardest_BH].to(cosine_BN.dtype)
-        bank_BH = clips.against_own(chosen_BHE)
-        negatives_BH = torch.cat([negatives_BH, bank_BH.masked_fill(top_BH <= floor, floor)], dim=1)
-        negatives_BH = negatives_BH.topk(min(k, negatives_BH.shape[1]), dim=1).values
-
-    none_left_BH = negatives_BH <= floor
-    lse_B1 = (negatives_BH * inv_temperature).masked_fill(none_left_BH, floor).logsumexp(dim=1, keepdim=True)
-    lse_B1 = lse_B1.clamp(min=floor)  # no column at all: logsumexp over nothing is -inf
+        top_BH, hardest_BH = hardest_of_bank(clips, bank.embeddings_KE, bank.left_out, limit_B1[:, 0], k, triton)
+        bank_BH = clips.against_own(bank.embeddings_KE[hardest_BH].to(cosine_BN.dtype))
+        negatives_BH = with_bank(negatives_BH, bank_BH.masked_fill(top_BH <= floor, floor), k)
+    lse_B1 = log_sum_of(negatives_BH, inv_temperature)[:, None]
     loss_BN = torch.nn.functional.softplus(lse_B1 - cosine_BN * inv_temperature).masked_fill(~positives_BN, 0.0)
     loss_B = loss_BN.sum(dim=1) / positives_BN.sum(dim=1).clamp(min=1)
     return weighted_sum(loss_B, row_weight_B)
+
+
+def with_bank(negatives_BH: Tensor, bank_BH: Tensor, k: int) -> Tensor:
+    """The k hardest of both, cosines [B, H]."""
+    both_BH = torch.cat([negatives_BH, bank_BH], dim=1)
+    return both_BH.topk(min(k, both_BH.shape[1]), dim=1).values
+
+
+def log_sum_of(negatives_BH: Tensor, inv_temperature: Tensor) -> Tensor:
+    """Log-sum-exp of the scores of these cosines, [B]; those at the floor are none."""
+    floor = floor_of(negatives_BH)
+    scores_BH = (negatives_BH * inv_temperature).masked_fill(negatives_BH <= floor, floor)
+    return scores_BH.logsumexp(dim=1).clamp(min=floor)  # no column at all: logsumexp over nothing is -inf
 
 
 def no_term_loss(

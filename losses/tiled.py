@@ -1,5 +1,5 @@
-"""Multi-positive InfoNCE over rows x columns that never holds the matrix: scores are made tile by tile, and made again in
-the backward pass.
+"""Multi-positive InfoNCE over rows x columns that never holds the matrix: scores are made tile by tile, and made again
+in the backward pass.
 
 What is kept are the log-sum-exps, one number a row (and a column). With G = d loss / d scores of a tile, which the
 backward pass builds from those numbers,
@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losses.dots import DOTS_AT_ONCE, row_dots, statistics_dtype
+from losses.infonce import floor_of
 from losses.pairs import Pairs
 
 PANEL_NUMBERS = 2**22  # scores that the torch way holds at once
-DOTS_AT_ONCE = 4096  # rows of embeddings multiplied and summed at once
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,6 @@ def contrast(
     return row_lse_R - row_pull_R, col_lse_C - col_pull_C
 
 
-def statistics_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,9 +86,11 @@ class _Contrast(torch.autograd.Function):
                 row_lse_R, col_lse_C = _log_sum_exps(rows_RE, cols_CE, inv_t, match)
             row_pull_R, col_pull_C = _pulls(rows_RE, cols_CE, inv_t, match)
         # A row all of whose columns are left out: exp(s - inf) is 0 in the backward pass, and the loss is finite.
-        ctx.save_for_backward(rows_RE, cols_CE, inv_temperature, *(_empty_as(x, torch.inf) for x in (row_lse_R, col_lse_C)))
+        lses = [_empty_as(lse, torch.inf) for lse in (row_lse_R, col_lse_C)]
+        ctx.save_for_backward(rows_RE, cols_CE, inv_temperature, *lses)
         ctx.match, ctx.triton = match, triton
-        return _empty_as(row_lse_R, 0.0), row_pull_R, _empty_as(col_lse_C, 0.0), col_pull_C
+        floor = floor_of(row_lse_R)
+        return _empty_as(row_lse_R, floor), row_pull_R, _empty_as(col_lse_C, floor), col_pull_C
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,7 +164,7 @@ class _Panels:
         for start in range(0, self.rows_RE.shape[0], self.height):
             rows_SE = self.rows_RE[start : start + self.height].to(self.inv_t.dtype)
             num_cols = self.cols_CE.shape[0]
-            scores_SC = self.buffer[: rows_SE.shape[0] * num_cols].view(-1, num_cols)
+            scores_SC = self.buffer[: rows_SE.shape[0] * num_cols].view(len(rows_SE), num_cols)
             torch.mm(rows_SE, self.cols_CE.T, out=scores_SC)
             yield slice(start, start + rows_SE.shape[0]), rows_SE, scores_SC.mul_(self.inv_t)
 
@@ -225,14 +221,6 @@ def _gradients(
 
 
 # --- the pulled terms: one number a row, from its positives ----------------------------------------------------------
-
-
-def row_dots(rows_RE: Tensor, row_P: Tensor, cols_CE: Tensor, col_P: Tensor, dtype: torch.dtype) -> Tensor:
-    """<row, column> of each pair, [P]; places below 0 are read as 0. A few pairs at a time."""
-    parts = [torch.zeros(0, dtype=dtype, device=rows_RE.device)]
-    for at_P, of_P in zip(row_P.clamp(min=0).split(DOTS_AT_ONCE), col_P.clamp(min=0).split(DOTS_AT_ONCE), strict=True):
-        parts.append((rows_RE[at_P].to(dtype) * cols_CE[of_P].to(dtype)).sum(dim=1))
-    return torch.cat(parts)
 
 
 def _pulls(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor, match: Match) -> tuple[Tensor, Tensor]:

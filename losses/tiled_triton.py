@@ -102,10 +102,14 @@ class Tiles:
 
 
 def log_sum_exps(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor, match: Match) -> tuple[Tensor, Tensor, Tiles | None]:
-    """(of each row, of each column: empty unless symmetric; tiles for `gradients`). -inf where nothing is in the sum."""
+    """(of each row, of each column: empty unless symmetric; tiles for `gradients`). -inf: nothing is in the sum."""
     num_rows, num_cols = rows_RE.shape[0], cols_CE.shape[0]
     if num_rows == 0 or num_cols == 0:
-        return inv_t.new_full((num_rows,), -torch.inf), inv_t.new_full((num_cols * match.is_symmetric,), -torch.inf), None
+        return (
+            inv_t.new_full((num_rows,), -torch.inf),
+            inv_t.new_full((num_cols * match.is_symmetric,), -torch.inf),
+            None,
+        )
     tiles = Tiles(
         reach_of(rows_RE, cols_CE, inv_t),
         None if match.ignored is None else TileIndex.of(match.ignored, num_rows, num_cols),
@@ -145,7 +149,7 @@ def gradients(
     pair_args = [*_pair_args(tiles.ignored, unused), *_pair_args(tiles.positives, unused)]
     values_P = unused if tiles.positives is None else slopes.of_pairs(match)[tiles.positives.order_P].contiguous()
     key_args = [unused] * 4
-    if match.row_key_R is not None:
+    if match.row_key_R is not None and match.col_key_C is not None:
         key_args = [match.row_key_R, match.col_key_C, *slopes.of_keys(match)]
     vectors = [slopes.row_lse_R * LOG2E, slopes.col_lse_C * LOG2E, slopes.d_row_lse_R, slopes.d_col_lse_C]
     vectors = [x.contiguous() if x.numel() else unused for x in vectors]

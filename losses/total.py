@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from losses.fused import audio_term_tiled, audio_text_tiled, hard_negative_tiled, no_term_tiled
 from losses.infonce import cosine_scores, multi_positive_cross_entropy, multi_positive_infonce, weighted_sum
-from losses.pairs import LocalRelations
+from losses.pairs import LocalPairs, LocalRelations
 from losses.scores import TermScores
 from losses.settings import LossSettings
-from losses.terms import hard_negative_loss, no_term_loss
+from losses.terms import BankNegatives, hard_negative_loss, no_term_loss
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,70 @@ def align_texts(text_TE: Tensor, text_row_B: Tensor) -> Tensor:
 
 def total_loss(
     embeddings: Embeddings,
-    relations: LocalRelations,
+    relations: LocalRelations | LocalPairs,
     inv_temperature: Tensor,
     settings: LossSettings,
-    bank_KE: Tensor | None = None,
-    bank_left_out_BK: Tensor | None = None,
+    bank: BankNegatives | None = None,
     term_scores: TermScores | None = None,
+    triton: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(this rank's share of the total, a scalar; detached shares of the unweighted parts by name).
 
-    inv_temperature: scalar 1/tau, which may need a gradient. bank_*: see `TermBank`. A part of weight 0 is left out.
-    term_scores: scores of clips and terms from elsewhere (see losses/scores.py); None: products of the embeddings.
+    relations: as masks (every score is held), or as pairs (none is: see losses/fused.py); the same numbers.
+    inv_temperature: scalar 1/tau, which may need a gradient. bank: see `TermBank`. A part of weight 0 is left out.
+    term_scores: scores of clips and terms from elsewhere (see losses/scores.py; masks only); None: products of the
+    embeddings. triton: by kernels, where there is a choice.
     """
-    e, r = embeddings, relations
+    if isinstance(relations, LocalPairs):
+        assert term_scores is None
+        weighted = tiled_parts(embeddings, relations, inv_temperature, settings, bank, triton)
+    else:
+        weighted = dense_parts(embeddings, relations, inv_temperature, settings, bank, term_scores, triton)
+    total = torch.stack([weight * loss for _, weight, loss in weighted]).sum()
+    return total, {name: loss.detach() for name, _, loss in weighted}
+
+
+def tiled_parts(
+    e: Embeddings,
+    r: LocalPairs,
+    inv_temperature: Tensor,
+    settings: LossSettings,
+    bank: BankNegatives | None,
+    triton: bool,
+) -> list[tuple[str, float, Tensor]]:
+    """(name, weight, share) of each part, without a matrix of scores."""
+    assert e.audio_BE.shape[0] == e.text_BE.shape[0] == r.audio_text_weight_B.shape[0], e.audio_BE.shape
+    assert e.audio_GE.shape[0] == e.text_GE.shape[0] == r.text_id_G.shape[0], e.audio_GE.shape
+    assert e.term_NE.shape[0] == r.term_log_count_N.shape[0], e.term_NE.shape
+    both = (r, inv_temperature, triton)
+    weighted: list[tuple[str, float, Tensor]] = []
+    if settings.audio_text_loss_ratio:
+        loss = audio_text_tiled(e.audio_BE, e.text_BE, e.audio_GE, e.text_GE, *both)
+        weighted.append(("audio_text", settings.audio_text_loss_ratio, loss))
+    if settings.audio_term_loss_ratio:
+        loss = audio_term_tiled(e.audio_BE, e.term_UE, e.audio_GE, e.term_NE, *both)
+        weighted.append(("audio_term", settings.audio_term_loss_ratio, loss))
+    if settings.enable_hard_neg and settings.hard_neg_weight:
+        k, margin = settings.hard_neg_k, settings.hard_neg_margin
+        loss = hard_negative_tiled(e.audio_BE, e.term_NE, r, inv_temperature, k, margin, bank, triton)
+        weighted.append(("hard", settings.hard_neg_weight, loss))
+    if settings.no_term_loss_ratio:
+        loss = no_term_tiled(e.audio_BE, e.term_NE, r, inv_temperature, settings.no_term_margin, triton)
+        weighted.append(("no_term", settings.no_term_loss_ratio, loss))
+    return weighted
+
+
+def dense_parts(
+    e: Embeddings,
+    r: LocalRelations,
+    inv_temperature: Tensor,
+    settings: LossSettings,
+    bank: BankNegatives | None,
+    term_scores: TermScores | None,
+    triton: bool,
+) -> list[tuple[str, float, Tensor]]:
+    """(name, weight, share) of each part, from the matrices of scores: the reference, and quicker when they are small.
+    Of the kernels only the search of the bank is used."""
     assert e.audio_BE.shape[0] == e.text_BE.shape[0] == r.positives_BN.shape[0], (e.audio_BE.shape, e.text_BE.shape)
     assert e.audio_GE.shape[0] == e.text_GE.shape[0] == r.positives_UG.shape[1], (e.audio_GE.shape, e.text_GE.shape)
     assert e.term_UE.shape[0] == r.positives_UG.shape[0], (e.term_UE.shape, r.positives_UG.shape)
@@ -82,16 +134,15 @@ def total_loss(
             inv_temperature,
             settings.hard_neg_k,
             settings.hard_neg_margin,
-            bank_KE,
-            bank_left_out_BK,
+            bank,
             None if term_scores is None else term_scores.clips,
+            triton,
         )
         weighted.append(("hard", settings.hard_neg_weight, loss))
     if settings.no_term_loss_ratio:
         loss = no_term_loss(cosine_BN, r.ignored_BN, r.no_term_weight_B, inv_temperature, settings.no_term_margin)
         weighted.append(("no_term", settings.no_term_loss_ratio, loss))
-    total = torch.stack([weight * loss for _, weight, loss in weighted]).sum()
-    return total, {name: loss.detach() for name, _, loss in weighted}
+    return weighted
 
 
 def audio_text_loss(e: Embeddings, r: LocalRelations, inv_temperature: Tensor) -> Tensor:

@@ -98,7 +98,12 @@ def make_leaves(num_clips: int, seed: int = 0, num_keys: int = 9, dim: int = 5, 
 
 
 def shares(
-    clips: list[ClipCase], counts: list[int], leaves: Leaves, settings: LossSettings, extra: tuple[int, ...] = ()
+    clips: list[ClipCase],
+    counts: list[int],
+    leaves: Leaves,
+    settings: LossSettings,
+    extra: tuple[int, ...] = (),
+    tiled: bool = False,
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """The loss of each rank when rank r holds the next counts[r] clips; one process is counts = [len(clips)]."""
     assert sum(counts) == len(clips)
@@ -108,7 +113,7 @@ def shares(
     relations = Relations.build(parts)
     results = []
     for rank, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        local = relations.local(rank)
+        local = relations.local_pairs(rank) if tiled else relations.local(rank)
         embeddings = Embeddings(
             audio_BE=leaves.audio_GE[start : start + count],
             text_BE=leaves.text_GE[start : start + count],

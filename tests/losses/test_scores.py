@@ -2,9 +2,12 @@
 
 import torch
 
+from losses.pairs import Pairs
 from losses.relations import Relations
 from losses.scores import TermScores, UnitRows
 from losses.settings import LossSettings
+from losses.sweep import LeftOut
+from losses.terms import BankNegatives
 from losses.total import Embeddings, total_loss
 from tests.losses import cases
 
@@ -24,7 +27,8 @@ def test_given_scores_change_nothing_and_other_scores_change_the_loss() -> None:
     local = relations.local()
     settings = LossSettings(no_term_loss_ratio=0.4, hard_neg_k=3, temperature=0.2)
     bank_KE = cases.unit_rows(6, 5, 9).detach()
-    bank = (bank_KE, torch.zeros(len(clips), 6, dtype=torch.bool))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    bank = BankNegatives(bank_KE, LeftOut(Pairs(nothing, nothing), nothing))
 
     def loss_and_grads(given: bool, shift: float = 0.0) -> tuple[torch.Tensor, list[torch.Tensor]]:
         leaves = cases.make_leaves(len(clips))
@@ -32,7 +36,7 @@ def test_given_scores_change_nothing_and_other_scores_change_the_loss() -> None:
         e = Embeddings(leaves.audio_GE, leaves.text_GE, term_NE, leaves.audio_GE, leaves.text_GE, term_NE)
         cosine_GN = leaves.audio_GE @ term_NE.T + shift * torch.arange(len(term_NE))
         scores = TermScores(cosine_GN, cosine_GN.T, UnitRows(leaves.audio_GE)) if given else None
-        loss, _ = total_loss(e, local, leaves.inv_temperature, settings, *bank, term_scores=scores)
+        loss, _ = total_loss(e, local, leaves.inv_temperature, settings, bank, term_scores=scores)
         loss.backward()
         return loss.detach(), leaves.grads()
 

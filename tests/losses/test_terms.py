@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses.infonce import multi_positive_cross_entropy
+from losses.pairs import Pairs
 from losses.relations import Relations
-from losses.terms import TermBank, hard_negative_loss, no_term_loss
+from losses.sweep import LeftOut
+from losses.terms import BankNegatives, TermBank, hard_negative_loss, no_term_loss
 
 F64 = torch.float64
 INV_T = torch.tensor(5.0, dtype=F64)
@@ -24,6 +26,11 @@ def hard(audio_BE, term_NE, positives_BN, ignored_BN=None, k=10, margin=0.05, we
     weight_B = torch.ones(audio_BE.shape[0], dtype=F64) if weight_B is None else weight_B
     cosine_BN = audio_BE @ term_NE.T
     return hard_negative_loss(audio_BE, cosine_BN, positives_BN, ignored_BN, weight_B, INV_T, k, margin, **bank)
+
+
+def left_out(*pairs, entries=()):
+    row_Q, entry_Q = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+    return LeftOut(Pairs(row_Q, entry_Q), torch.tensor(entries, dtype=torch.int64))
 
 
 X_AXIS = torch.tensor([[1.0, 0.0]], dtype=F64)
@@ -98,24 +105,23 @@ def test_bank_entries_count_as_batch_terms_would(seed):
     audio_BE, term_NE = draw(3).requires_grad_(), draw(9)
     positives_BN = torch.zeros(3, 9, dtype=torch.bool)
     positives_BN[0, 0] = positives_BN[1, 1] = positives_BN[1, 2] = True
-    bank_KE = term_NE[4:].clone().requires_grad_()
-    bank = {"bank_KE": bank_KE, "bank_left_out_BK": torch.zeros(3, 5, dtype=torch.bool)}
+    bank_KE = term_NE[4:].clone()
+    bank = {"bank": BankNegatives(bank_KE.detach(), left_out())}
     whole = hard(audio_BE, term_NE, positives_BN, k=3)
     split = hard(audio_BE, term_NE[:4], positives_BN[:, :4], k=3, **bank)
     assert float((whole - split).detach().abs()) < 1e-13
     (expected,) = torch.autograd.grad(whole, audio_BE)
     split.backward()
     assert (audio_BE.grad - expected).abs().max() < 1e-13
-    assert bank_KE.grad is None
 
 
 def test_bank_alone_trains_the_audio_side():
     audio_BE = at_angle(0.95).requires_grad_()
     positives_BN, bank_KE = torch.tensor([[True]]), at_angle(0.2, 0.3)
-    bank = {"bank_KE": bank_KE, "bank_left_out_BK": torch.tensor([[False, False]])}
-    (live,) = torch.autograd.grad(hard(audio_BE, at_angle(0.9), positives_BN, **bank), audio_BE)
-    left_out = {"bank_KE": bank_KE, "bank_left_out_BK": torch.tensor([[True, True]])}
-    (none,) = torch.autograd.grad(hard(audio_BE, at_angle(0.9), positives_BN, **left_out), audio_BE)
+    bank = BankNegatives(bank_KE, left_out())
+    (live,) = torch.autograd.grad(hard(audio_BE, at_angle(0.9), positives_BN, bank=bank), audio_BE)
+    bank = BankNegatives(bank_KE, left_out((0, 0), (0, 1)))
+    (none,) = torch.autograd.grad(hard(audio_BE, at_angle(0.9), positives_BN, bank=bank), audio_BE)
     assert live.abs().max() > 1e-3
     assert none.abs().max() == 0.0
 
@@ -125,11 +131,10 @@ def test_bank_leaves_out_positives_variants_and_terms_of_the_batch(cases):
     relations = Relations.build([cases.batch_ids(clips[:1]), cases.batch_ids(clips[1:])])
     keys_K = torch.tensor([14, 11, 17, 10, 12])  # variant of 10, the cut term, variant of 13, in the batch, stranger
     bank = TermBank(torch.zeros(5, 2), keys_K, torch.tensor([cases.group_of(int(key)) for key in keys_K]))
-    assert bank.left_out_BK(relations, 0).tolist() == [[True, False, False, True, False]]
-    assert bank.left_out_BK(relations, 1).tolist() == [
-        [False, True, False, True, False],
-        [False, False, True, True, False],
-    ]
+    for rank, expected in ((0, [(0, 0), (0, 3)]), (1, [(0, 1), (1, 2)])):
+        found = bank.against(relations, rank).left_out
+        assert sorted(zip(*(x.tolist() for x in found.pairs_Q), strict=True)) == expected
+        assert found.entry_J.tolist() == [3]
 
 
 @settings(max_examples=30, deadline=None)
