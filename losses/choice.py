@@ -27,7 +27,7 @@ def choose_kernels(
     wanted: str, device: torch.device, dtype: torch.dtype, num_clips: int, num_terms: int, own_scores: bool = False
 ) -> LossKernels:
     """The same on every rank. wanted: "dense", "fused" or "auto", which is fused where the matrices of the global batch
-    (num_clips, num_terms) are large. own_scores: the model scores the terms itself (maxsim), so that there are matrices anyway.
+    (num_clips, num_terms) are large. own_scores: the model scores the terms itself (maxsim): there are matrices anyway.
 
     dense means without any kernel of ours. Triton needs a CUDA device and embeddings that are not fp64.
     """

@@ -58,9 +58,7 @@ def audio_term_tiled(
     """`losses.total.audio_term_loss`."""
     # A term's target is spread evenly over its clips.
     clip_share_N = (-r.term_log_count_N).exp()
-    of_clips = Match(
-        r.term_log_count_N, ignored=r.ignored_BN, positives=r.positives_BN, row_share_P=r.positive_share_P
-    )
+    of_clips = Match(r.term_log_count_N, ignored=r.ignored_BN, positives=r.positives_BN, row_share_P=r.positive_share_P)
     no_bias_G = r.term_log_count_N.new_zeros(audio_GE.shape[0])
     if r.is_whole:
         both = replace(of_clips, row_bias_R=no_bias_G, col_share_P=clip_share_N[r.positives_BN.col_P])

@@ -58,7 +58,7 @@ def sweep(audio_BE: Tensor, bank_KE: Tensor, left_out: LeftOut, limit_B: Tensor,
         tiles_here = triton.cdiv(stop - start, TILE)
         launch(
             sweep_kernels.tuned_bank_tile,
-            lambda c, wide=stop - start: triton.cdiv(num_clips, c["BM"]) * triton.cdiv(wide, c["BN"]),
+            num_clips, stop - start,
             a.data, b.data, p_BW, tops_BT, part_WB, scale, limit_B, reference_B, is_out_K,
             index.starts_S, index.row_P, index.col_P,
             start, stop, num_clips, num_entries, a.data.stride(0), b.data.stride(0), pitch, num_tiles,

@@ -7,7 +7,6 @@ Shapes: R rows, C columns, E embedding, P pairs, S places (tiles).
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +78,16 @@ class TileIndex:
         return cls(starts_S, pairs.row_P[order_P].int(), pairs.col_P[order_P].int(), order_P)
 
 
-def launch(tuned: Any, num_tiles: Callable[[dict[str, int]], int], *args: Any, **constants: Any) -> None:
+def launch(tuned: Any, num_rows: int, num_cols: int, *args: Any, **constants: Any) -> None:
+    """A tuned kernel, one program a tile."""
+
+    def grid(config: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(num_rows, config["BM"]) * triton.cdiv(num_cols, config["BN"]),)
+
     if INTERPRETED:
-        tuned.fn[(num_tiles(PLAIN),)](*args, **constants, **PLAIN)
+        tuned.fn[grid(PLAIN)](*args, **constants, **PLAIN)
     else:
-        tuned[lambda config: (num_tiles(config),)](*args, **constants)
+        tuned[grid](*args, **constants)
 
 
 def reach_of(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor) -> Tensor:
@@ -121,7 +125,7 @@ def log_sum_exps(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor, match: Match) 
     col_part_SC = inv_t.new_full((down, num_cols) if match.is_symmetric else (1,), -torch.inf)
     launch(
         kernels.tuned_sums,
-        lambda c: triton.cdiv(num_rows, c["BM"]) * triton.cdiv(num_cols, c["BN"]),
+        num_rows, num_cols,
         a.data, b.data, inv_t * LOG2E, tiles.reach, *_biases(match), *_pair_args(tiles.ignored, tiles.reach),
         row_part_SR, col_part_SC, num_rows, num_cols, a.data.stride(0), b.data.stride(0),
         E=a.width, SPLIT_A=a.is_split, SPLIT_B=b.is_split, SYMMETRIC=match.is_symmetric,
@@ -163,7 +167,7 @@ def gradients(
             g = g_panel[: tall * pitch].view(tall, pitch)
             launch(
                 kernels.tuned_gradient,
-                lambda c, tall=tall, wide=wide: triton.cdiv(tall, c["BM"]) * triton.cdiv(wide, c["BN"]),
+                tall, wide,
                 a.data, b.data, g, scale, tiles.reach, *_biases(match), *vectors, *pair_args, values_P, *key_args,
                 rows.start, cols.start, rows.stop, cols.stop, num_cols, a.data.stride(0), b.data.stride(0), pitch,
                 E=a.width, SPLIT_A=a.is_split, SPLIT_B=b.is_split, SYMMETRIC=match.is_symmetric,
