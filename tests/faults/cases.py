@@ -1,5 +1,6 @@
 """The faults: each function disturbs one run and returns what came of it. See soak.py."""
 
+import os
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ from distributed.atomic import damage
 from tests.faults.job import Job, Workshop
 
 GRACE_S = 30.0  # torchrun's, between SIGTERM and SIGKILL
+NAMED_S = 5.0  # from the death of a loader's worker to an error that names it
 KILOBYTES_OF_DISK = 700
 
 
@@ -87,27 +89,29 @@ def kill(target: str, launcher: str, moment: Literal["any", "save"] = "any") -> 
 
 
 def kill_a_loader_worker(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-    """To be had as soon as the loader works with processes: children of the ranks."""
+    """One of four workers, of any rank: named in the output within 5 s and in the status, whichever rank it worked for.
+
+    The undisturbed run has one worker a rank: their number must not show in what is trained.
+    """
     reference = shop.reference()
-    job = Job(shop, name)
+    job = Job(shop, name, ("--num_workers", "2"), grace_s=10.0)
     job.start("slow_steps:50")
-    job.until(lambda: job.checkpoints())
-    children = [
-        int(pid)
-        for rank in job.rank_pids()
-        for pid in subprocess.run(["pgrep", "-P", str(rank)], capture_output=True, text=True).stdout.split()
-    ]
-    if not children:
-        job.wait()
-        raise Skipped("the loader works with threads, which cannot be killed")
-    victim = chance.choice(children)
-    subprocess.run(["kill", "-KILL", str(victim)], check=False)
-    job.wait()
-    told = job.told()
-    state = job.status()["state"]
+    job.until(lambda: len(job.loader_workers()) == 4 and job.status()["state"] == "training")
+    workers = job.loader_workers()
+    unseen = set(workers) - set(shop.processes())
+    assert not unseen, f"the search for left processes does not see {unseen}"
+    time.sleep(chance.uniform(0.0, 0.5))
+    victim = chance.choice(workers)
+    os.kill(victim, signal.SIGKILL)
+    asked, words = time.monotonic(), f"(process {victim}) was killed by SIGKILL"
+    job.until(lambda: words in job.told())
+    seconds = time.monotonic() - asked
+    codes, status = job.wait(), job.status()
+    job.until_gone()
+    named = seconds < NAMED_S and status["state"] == "failed" and words in status["message"]
+    note = f"named after {seconds:.1f} s, codes {codes}" + ("" if named else f", {status}")
     job.finish()
-    survived = state == "finished" or "worker" in told  # either mended on the spot, or named in the error
-    return Outcome(survived, job.trained() == reference, job.leftovers(), f"then {state}")
+    return Outcome(named and 0 not in codes, job.trained() == reference, job.leftovers(), note)
 
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ class Nursery:
             self._process = None
 
 
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, found.split()))
+
+
 @dataclass
 class Workshop:
     """A folder with data, runs and one nursery; all cases of a soak share it."""
@@ -185,10 +190,10 @@ class Job:
         return hit
 
     def rank_pids(self) -> list[int]:
-        if self.launcher == "nursery":
-            return self.pids
-        children = subprocess.run(["pgrep", "-P", str(self._process.pid)], capture_output=True, text=True).stdout
-        return sorted(map(int, children.split()))
+        return self.pids if self.launcher == "nursery" else children(self._process.pid)
+
+    def loader_workers(self) -> list[int]:
+        return [worker for rank in self.rank_pids() for worker in children(rank)]
 
     def until(self, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> bool:
         """Wait, closely; False when the attempt ended first."""
