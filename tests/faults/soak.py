@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
-from tests.faults.cases import TABLE, Outcome, Row, Skipped  # noqa: E402
+from tests.faults.cases import TABLE  # noqa: E402
 from tests.faults.job import Workshop  # noqa: E402
+from tests.faults.outcome import Outcome, Row, Skipped  # noqa: E402
 
 
 def attempt(row: Row, shop: Workshop, number: int, seed: int) -> Outcome | str:
