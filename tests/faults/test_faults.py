@@ -43,6 +43,8 @@ def test_leftovers_are_found(shop: Workshop, tmp_path: Path) -> None:
     (shop.folder / "tmp" / "forgotten").write_text("")
     orphan = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: shop.word})
     try:
+        while orphan.pid not in shop.processes():  # its environment comes a little after its program
+            assert orphan.poll() is None
         shop.shared_memory.add(str(tmp_path))  # stands for a segment that is still there
         found = job._leftovers()
         assert len(found) == 4, found
