@@ -48,6 +48,25 @@ def kill(target: str, launcher: str, moment: Literal["any", "save"] = "any") -> 
     return case
 
 
+def kill_under_the_launcher(target: str) -> Case:
+    """launch/attempts.py brings the run to its end by itself, without a hand."""
+
+    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+        reference = shop.reference()
+        job = Job(shop, name, launcher="attempts")
+        job.start("slow_steps:100")
+        job.until(job.dir.exists)
+        delay_s = chance.uniform(0.0, 4.0)
+        time.sleep(delay_s)
+        hit = job.kill(target)
+        (code,), told = job.wait(), job.told()
+        again = "attempt 1 of 4 failed" in told or not hit
+        good = code == 0 and again and job.status()["state"] == "finished"
+        return Outcome(good, job.trained() == reference, job.leftovers(), f"{delay_s:.2f} s, code {code}")
+
+    return case
+
+
 def kill_a_loader_worker(shop: Workshop, name: str, chance: random.Random) -> Outcome:
     """One of four workers, of any rank: named in the output within 5 s and in the status, whichever rank it worked for.
 
@@ -218,6 +237,8 @@ TABLE = (
     Row("SIGKILL of one rank under torchrun", kill("rank1", "torchrun")),
     Row("SIGKILL of torchrun", kill("torchrun", "torchrun"), in_ci=True),
     Row("SIGKILL of torchrun inside a save", kill("torchrun", "torchrun", "save")),
+    Row("SIGKILL of one rank under the launcher", kill_under_the_launcher("rank1"), in_ci=True),
+    Row("SIGKILL of torchrun under the launcher", kill_under_the_launcher("torchrun")),
     Row("SIGKILL of a loader worker", kill_a_loader_worker, in_ci=True),
     Row("SIGTERM while starting", terminated("term_at_start:1"), every_round=False),
     Row("SIGTERM in a step", terminated("term_mid_step:?"), in_ci=True),
