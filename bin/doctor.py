@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 
 from bin.config import Config, parse
-from bin.redaction import secret_values
+from bin.redaction import redact, secret_values, tell_error
 from data.clips import load_clips
 from data.drops import DropLog
 from data.reader import AudioReader
@@ -325,15 +325,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse([word for word in argv if word != "--json"])
     except ValueError as error:
-        print(f"bin/doctor.py: error: {error}", file=sys.stderr)
-        return 2
+        return tell_error("bin/doctor.py", error)
     findings = look_over(config)
     failed = any(f.state == "fail" for f in findings)
     if as_json:
-        print(json.dumps({"healthy": not failed, "findings": [asdict(f) for f in findings]}, indent=1))
+        print(redact(json.dumps({"healthy": not failed, "findings": [asdict(f) for f in findings]}, indent=1)))
     else:
         for f in findings:
-            print(f"{f.state:5s} {f.name:20s} {f.found}" + (f"\n{'':26s} -> {f.remedy}" if f.remedy else ""))
+            print(redact(f"{f.state:5s} {f.name:20s} {f.found}" + (f"\n{'':26s} -> {f.remedy}" if f.remedy else "")))
         print("something would stop the run" if failed else "nothing stands in the way of a run")
     return int(failed)
 
