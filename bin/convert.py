@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import tyro
 
+from bin.redaction import tell_error
 from bin.runlog import configure_logging
 from bin.samples import read_samples, write_lines
 from data.audio import AudioError
@@ -96,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     configure_logging(0, None)
     try:
         convert(settings)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(tell_error("bin/convert.py", error))
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def offers(work: Workload, cfg: CostSettings, prices: dict[str, Any]) -> Iterato
                 storage = table.get("storage_gib_month", 0.0) * cfg.storage_gib / HOURS_A_MONTH
                 offer = Offer(
                     cloud, gpu, kind, hours, interruptions, hours * cfg.gpus * dollars, hours * cfg.gpus * machine,
-                    hours * storage, table["as_of"],
+                    hours * storage, table.get("spot_as_of", table["as_of"]) if kind == "spot" else table["as_of"],
                 )  # fmt: skip
                 offer.fits = cfg.budget is None or offer.total <= cfg.budget
                 yield offer

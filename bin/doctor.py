@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 
 from bin.config import Config, parse
-from bin.redaction import secret_values
+from bin.redaction import redact, secret_values, tell_error
 from data.clips import load_clips
 from data.drops import DropLog
 from data.reader import AudioReader
@@ -47,7 +47,8 @@ from model.attention import resolve_backend
 State = Literal["ok", "warn", "fail"]
 NUM_SAMPLED = 20  # records of each sample file whose audio is read
 MIN_DISK_GIB, MIN_CACHE_GIB, MIN_SHM_GIB, MIN_OPEN_FILES = 5.0, 20.0, 1.0, 4096
-# The published model: towers in bf16, and memory a clip of 1.6 s without and with checkpointing (H100, torch 2.11).
+# The published model: towers in bf16 (14.4) and CUDA's own share; a clip of 1.6 s without and with checkpointing, as
+# measured on an H100.
 TOWERS_GIB, GIB_A_CLIP, GIB_A_CLIP_CHECKPOINTED = 16.0, 0.12, 0.04
 LORA_FREE_TOWERS = "Qwen/Qwen2-Audio-7B"
 REACH_S = 5.0
@@ -124,6 +125,19 @@ def check_kernels() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     yield ok("attention", resolve_backend("auto", device, dtype))
+
+
+def check_trackers(config: Config) -> Iterator[Finding]:
+    """The packages of the trackers that the settings ask for."""
+    run = config.run
+    for package, is_wanted, without in (
+        ("tensorboard", run.tensorboard, "--no-tensorboard"),
+        ("wandb", run.wandb, "leave --wandb out"),
+    ):
+        if is_wanted and importlib.util.find_spec(package) is None:
+            yield Finding(package, "fail", "not installed", f"pip install {package}, or {without}")
+        elif is_wanted:
+            yield ok(package, importlib.metadata.version(package))
 
 
 # --- hardware --------------------------------------------------------------------------------------------------------
@@ -294,6 +308,7 @@ def look_over(config: Config) -> list[Finding]:
         lambda: [ok("Python", f"{platform.python_version()} on {platform.platform()}")],
         lambda: check_gpu_software(wants_gpu),
         check_kernels,
+        lambda: check_trackers(config),
         lambda: check_gpus(config),
         lambda: [check_disk("disk of runs", Path(config.run.runs_dir), MIN_DISK_GIB, "--runs_dir")],
         check_limits,
@@ -310,15 +325,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse([word for word in argv if word != "--json"])
     except ValueError as error:
-        print(f"bin/doctor.py: error: {error}", file=sys.stderr)
-        return 2
+        return tell_error("bin/doctor.py", error)
     findings = look_over(config)
     failed = any(f.state == "fail" for f in findings)
     if as_json:
-        print(json.dumps({"healthy": not failed, "findings": [asdict(f) for f in findings]}, indent=1))
+        print(redact(json.dumps({"healthy": not failed, "findings": [asdict(f) for f in findings]}, indent=1)))
     else:
         for f in findings:
-            print(f"{f.state:5s} {f.name:20s} {f.found}" + (f"\n{'':26s} -> {f.remedy}" if f.remedy else ""))
+            print(redact(f"{f.state:5s} {f.name:20s} {f.found}" + (f"\n{'':26s} -> {f.remedy}" if f.remedy else "")))
         print("something would stop the run" if failed else "nothing stands in the way of a run")
     return int(failed)
 

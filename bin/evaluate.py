@@ -29,6 +29,7 @@ import tyro
 from bin.config import Config, apply_file
 from bin.datasets import MeasuredSets, load_measured_sets, merge_drops
 from bin.evaluation import NUM_TOP, Evaluator
+from bin.redaction import tell_error
 from bin.reporting import data_facts, write_report
 from bin.results import show_account
 from bin.runlog import configure_logging, console, environment
@@ -295,18 +296,10 @@ def parse(argv: Sequence[str] | None = None, quiet: bool = False) -> EvaluateSet
 
 
 def main() -> int:
-    """A user's error is one line on rank 0, not a traceback on each."""
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        evaluate(parse(quiet=not is_main))
-    except ValueError as error:
-        if os.environ.get("EARMARK_TRACEBACK"):
-            raise
-        if is_main:
-            print(f"bin/evaluate.py: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(5)  # the launcher ends all ranks with the first that ends: rank 0 is to have its say
-        return 2
+        evaluate(parse(quiet=os.environ.get("RANK", "0") != "0"))
+    except Exception as error:
+        return tell_error("bin/evaluate.py", error)
     return 0
 
 

@@ -21,7 +21,6 @@ if __package__ != "bin":  # run as a file: the root goes first on sys.path, and 
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ import tyro
 from torch import Tensor
 
 from bin.evaluation import encode_terms
+from bin.redaction import tell_error
 from bin.runlog import configure_logging
 from bin.search_clips import ClipSearch
 from data.checks import check_clips
@@ -258,12 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = tyro.cli(MineSettings, args=argv, use_underscores=True, prog="bin/mine.py")
     try:
         return mine(settings)
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"bin/mine.py: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(5)  # the launcher ends all ranks with the first that ends: rank 0 is to have its say
-        return 2
+    except Exception as error:
+        return tell_error("bin/mine.py", error)
 
 
 if __name__ == "__main__":

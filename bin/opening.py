@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bin.redaction import RedactingFormatter, tell_error
 from distributed.processes import choose_device
 from retrieval.index import TermIndex
 from retrieval.model_files import read_config
@@ -76,14 +77,15 @@ def threshold_of(retriever: Retriever, search: SearchFlags) -> float | None:
 
 def run_program(name: str, program: Callable[[], None]) -> int:
     """Exit code of a program of one process: a user's error is one line, not a traceback; Ctrl-C ends it quietly."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("transformers", "huggingface_hub", "torch", "httpx", "model", "data"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         program()
-    except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return tell_error(name, error)
     except KeyboardInterrupt:
         return 130
     return 0

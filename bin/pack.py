@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bin.redaction import tell_error
 from bin.runlog import configure_logging, console
 from data.clips import iterate_clips
 from data.drops import DropLog
@@ -129,11 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging(0, None)
     try:
         return pack(settings)
-    except ValueError as error:
-        if os.environ.get("EARMARK_TRACEBACK"):
-            raise
-        print(f"bin/pack.py: error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return tell_error("bin/pack.py", error)
 
 
 if __name__ == "__main__":

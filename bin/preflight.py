@@ -25,6 +25,7 @@ import torch
 
 from bin.config import Config, parse
 from bin.datasets import load_datasets
+from bin.redaction import tell_error
 from bin.rundir import choose_run_dir
 from data.records import find_file
 from distributed.processes import World
@@ -146,8 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         plan = preflight(flags, given.processes, given.check_data)
     except ValueError as error:
-        print(f"preflight: error: {error}", file=sys.stderr)
-        return 2
+        return tell_error("preflight", error)
     print(json.dumps(plan | {"seconds": round(time.perf_counter() - started, 2)}))
     return 0
 

@@ -1,5 +1,6 @@
 """Secrets of the environment stay out of what a program tells: settings, logs, status, errors."""
 
+import logging
 import os
 import re
 import sys
@@ -22,6 +23,11 @@ def redact(text: str) -> str:
     for value, name in secret_values().items():
         text = text.replace(value, f"<{name}>")
     return text
+
+
+class RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def refuse_secrets(settings: dict[str, object]) -> None:

@@ -28,7 +28,8 @@ NUM_DROP_EXAMPLES = 8
 def show_test(before: EvalResult | None, measured: Measured, run_dir: Path, num_examples: int) -> None:
     """The closing table of a run, and some clips with what was found, on the console."""
     show_recall(before, measured.result(), run_dir)
-    show_examples(measured.examples(num_examples))
+    if num_examples:
+        show_examples(measured.examples(num_examples))
 
 
 def write_run_report(

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from bin.redaction import redact
+from bin.redaction import RedactingFormatter
 from data.clips import Clip
 from distributed.collectives import num_ranks
 from retrieval.evaluate import recall_table
@@ -63,11 +63,6 @@ def configure_logging(rank: int, log_path: Path | None) -> None:
         to_file = LogFile(log_path, encoding="utf-8")
         to_file.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         root.addHandler(to_file)
-
-
-class RedactingFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
 
 
 class LogFile(logging.FileHandler):

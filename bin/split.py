@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from bin.redaction import tell_error
 from bin.runlog import configure_logging
 from bin.samples import read_samples, write_lines
 from data.drops import DropLog
@@ -157,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             make(settings)
         elif check(settings):
             sys.exit(1)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(tell_error("bin/split.py", error))
 
 
 if __name__ == "__main__":

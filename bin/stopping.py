@@ -3,6 +3,7 @@
 starting                the signal raises Preempted at once: there is nothing to save
 with stop.held(save):   it is only noted; the loop reads it once a step, on all ranks together, and `save` is called
 afterwards              Preempted at once again: all is saved
+while an error is told  only noted: the launcher sends the signal to all ranks as soon as one has ended
 """
 
 import contextlib
@@ -44,11 +45,14 @@ class StopRequest:
         except Preempted as preempted:
             if preempted.agreed:
                 save()
-            raise
-        finally:
-            self._holds = False
+            raise  # as all errors: without letting go, so that no signal cuts off what is to be told of it
+        self._holds = False
         if self.requested:
             raise Preempted
+
+    def only_note(self) -> None:
+        """From here on a signal raises nothing: what ended the run is being told."""
+        self._holds = True
 
     def restore(self) -> None:
         StopRequest._current = None

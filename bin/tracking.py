@@ -51,8 +51,12 @@ class Tracker:
             write_file_atomically(path, "".join(f"{line}\n" for line in lines).encode())
         self._file = path.open("a", encoding="utf-8")
         if config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "tensorboard: the tensorboard package is missing; pip install tensorboard, or --no-tensorboard"
+                ) from None
             self._board = SummaryWriter(str(run_dir / "tb"), purge_step=resumed_step + 1 if resumed_step else 0)
             rows = [f"| {g} | {k} | {v} |" for g, table in self.settings.items() for k, v in table.items()]
             text = "\n".join(["| group | setting | value |", "|---|---|---|", *rows])

@@ -315,16 +315,19 @@ def train(config: Config) -> int:
             write_run_report(run_dir, measured, data.train, data.reader, data.drops, str(world.device))
         return 0
     except Preempted:
+        stop.only_note()
         if is_ours:
             tell_status(run_dir, "preempted", state, f"go on with --run_name {run_dir.name} --resume auto")
             logger.warning("stopped by a signal at step %d", state.step)
         return 0
     except BaseException as error:
-        stalled = watch.blame()
+        stop.only_note()
+        reason = redact(f"{type(error).__name__}: {error}")[:2000]
+        known = watch.last_words(error, reason)
         if is_ours:
-            reason = f"{type(error).__name__}: {error}" + (f" (waiting for: {stalled})" if stalled else "")
+            reason += f" ({known})" if known else ""
             logger.error("failed at step %d: %s", state.step, reason)
-            tell_status(run_dir, "failed", state, redact(reason[:2000]))
+            tell_status(run_dir, "failed", state, reason)
         raise
     finally:
         if tracker is not None:

@@ -5,11 +5,14 @@
     rank 2   still reading a file after collective 117      117  data/audio.py:88 decode     <- named
     rank 3   stopped, or its machine is gone         posts nothing any more                  <- named
 
+A rank that fails leaves its last words at the store, so that rank 0, which only sees a connection closed, can tell why.
+
 All ranks make the same collectives in the same order, so that the rank with the fewest behind it is the one that all
 others wait for. A thread in each process posts that count and the place of the main thread to the store that the ranks
 met at; nothing is read from there until a rank has been waiting for long.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_WAIT_S = 60.0  # then the rank that is waited for is named, or at half the time limit when that is sooner
+LAST_WORDS_KEY = "last-words"
+LAST_WORDS_S = 3.0  # for leaving or reading them; the store may be gone as well
 MISSED_POSTS = 4  # looks at the posts before a rank that changes none of them is taken for stopped
 
 _count = itertools.count(1)
@@ -40,9 +45,29 @@ def count_collective() -> None:
     _num_collectives = next(_count)
 
 
-def blame() -> str:
-    """Which ranks this one has been waiting for, and where they are; empty when it has not waited for long."""
-    return "" if _current is None else _current.verdict
+def last_words(error: BaseException, words: str) -> str:
+    """Leave to the others what ended this rank; or, for an error that another rank's end has caused, tell the cause.
+
+    Returns `rank 1: its words` of the first rank that failed, else whom this one has been waiting for, or nothing.
+    """
+    if _current is None:
+        return ""
+    watch, found = _current, ""
+    # What gloo raises has no type of its own.
+    is_consequence = isinstance(error, dist.DistError) or "gloo" in str(error)
+
+    def ask() -> None:
+        nonlocal found
+        with contextlib.suppress(RuntimeError):  # no store any more: its process or machine was the one that ended
+            if not is_consequence:
+                watch.store.compare_set(LAST_WORDS_KEY, "", f"rank {watch.rank}: {words}")
+            elif watch.store.check([LAST_WORDS_KEY]):
+                found = watch.store.get(LAST_WORDS_KEY).decode()
+
+    asking = threading.Thread(target=ask, name="last-words", daemon=True)
+    asking.start()
+    asking.join(LAST_WORDS_S)
+    return found or (f"waiting for: {watch.verdict}" if watch.verdict else "")
 
 
 def start(store: dist.Store, rank: int, world_size: int, time_limit_s: float) -> None:

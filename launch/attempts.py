@@ -138,6 +138,10 @@ class Attempts:
         if state == "finished":
             return "finished", message or where
         if state == "preempted":
+            # torchrun tells its workers to stop when one of them dies: nobody wanted that, and it ends in failure.
+            ended_by_us = self.stopping or self._settled_since == float("inf")
+            if exit_code != 0 and not ended_by_us:
+                return "failed", f"{where}: a worker died, and torchrun stopped the others"
             return "stopped", f"checkpoint at {where}; {message}"
         if state == "failed":
             return ("wrong" if message.startswith("ValueError") else "failed"), f"{where}: {message}"
@@ -223,11 +227,12 @@ def _copy_window_size(terminal: int) -> None:
     termios.tcsetwinsize(terminal, termios.tcgetwinsize(sys.stdout.fileno()))
 
 
-def watch_gpus(run_dir: Path) -> subprocess.Popen[bytes] | None:
+def watch_gpus(run_dir: Path) -> subprocess.Popen[str] | None:
     """Start the sampler of GPU use where there is something to sample."""
     if shutil.which("nvidia-smi") is None:
         return None
-    return subprocess.Popen([sys.executable, str(HERE / "gpu_use.py"), str(run_dir)], start_new_session=True)
+    command = [sys.executable, str(HERE / "gpu_use.py"), str(run_dir)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def main() -> int:
@@ -256,7 +261,8 @@ def main() -> int:
     finally:
         if sampler is not None:
             sampler.terminate()
-            sampler.wait()
+            for line in sampler.communicate()[0].splitlines():  # its closing table, for the log too
+                attempts.say(line)
     if log is not None:
         print(f"launch: the log of all attempts is {given.log}", flush=True)
         log.close()

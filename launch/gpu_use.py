@@ -97,8 +97,10 @@ class Curves:
         if self._writer is None:
             if not self._parent.is_dir():
                 return
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
+            try:
+                from tensorboard.summary.writer.event_file_writer import EventFileWriter
+            except ImportError:  # the folder is an earlier attempt's; the table is to be had all the same
+                return
             self._writer = EventFileWriter(str(self._folder))
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary

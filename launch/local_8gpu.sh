@@ -11,7 +11,7 @@
 #   GPUS            how many GPUs (GPUS=4), or which (GPUS=0,2,5). Default: all that CUDA_VISIBLE_DEVICES or nvidia-smi show
 #   RETRIES         attempts after the first one (default 3)
 #   LOG_DIR         where train_YYYYMMDD_HHMMSS.log goes (default: logs)
-#   MIN_FREE_GIB    free memory that each GPU must have (default 6; the published towers alone take 16)
+#   MIN_FREE_GIB    free memory that each GPU must have (default 6; the published towers alone take 15)
 #   DOCTOR          off: do not look the machine over with bin/doctor.py first
 #   REHEARSE        processes of a rehearsal on the CPU: quickstart's towers and sample, 20 steps unless flags say otherwise
 #   NNODES          machines (default 1). Then the runs folder must be on a disk that all of them share, and each needs

@@ -98,8 +98,11 @@ def commit_runs() -> None:
 
 
 @app.function(image=image, cpu=4, memory=16384, timeout=3600, volumes=setup.VOLUMES)
-def preflight(run_name: str, num_gpus: int, flags: list[str]) -> dict[str, Any]:
-    """Settings and data, checked where they will be used, without a GPU. {"error": one line} for a fault."""
+def preflight(run_name: str, gpu: str, num_gpus: int, clips_per_s: float | None, flags: list[str]) -> dict[str, Any]:
+    """Settings and data, checked where they will be used, without a GPU. {"error": one line} for a fault.
+
+    Else what bin/preflight.py tells, and as "offer" what bin/cost.py puts the run at, to its last step.
+    """
     command = [sys.executable, f"{setup.REPO}/bin/preflight.py", "--processes", str(num_gpus), "--check_data", "--"]
     arguments = [*trainer_flags(run_name, flags), "--device", "cpu"]
     done = subprocess.run([*command, *arguments], cwd=setup.DATA, capture_output=True, text=True, check=False)
@@ -107,7 +110,18 @@ def preflight(run_name: str, num_gpus: int, flags: list[str]) -> dict[str, Any]:
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         return {"error": "\n".join(said[-30:]) or f"bin/preflight.py ended with {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
+    plan = json.loads(done.stdout.splitlines()[-1])
+    return plan | {"offer": estimate(gpu, num_gpus, plan["most_clips"], clips_per_s)}
+
+
+def estimate(gpu: str, num_gpus: int, most_clips: int, clips_per_s: float | None) -> dict[str, Any]:
+    """bin/cost.py's offer of this GPU on Modal. clips_per_s: over all GPUs; None takes the table's."""
+    command = [sys.executable, f"{setup.REPO}/bin/cost.py", "--json", "--gpus", str(num_gpus)]
+    command += ["--clips", str(most_clips), "--epochs", "1"]  # most_clips are those of all epochs
+    if clips_per_s is not None:
+        command += ["--clips_per_s", str(clips_per_s / num_gpus), "--measured_on", gpu]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return next(offer for offer in told["offers"] if (offer["cloud"], offer["gpu"]) == ("modal", gpu))
 
 
 @app.function(
@@ -204,25 +218,29 @@ def revision() -> dict[str, str]:
 def start_training(argv: list[str]) -> dict[str, Any]:
     """Check, estimate, and only then ask for GPUs."""
     own, flags = own_flags(argv)
+    if own.clips_per_s is not None and not own.clips_per_s > 0:
+        fail(f"clips_per_s: got {own.clips_per_s:g}; allowed: above 0")
     for flag in flags:
         name = flag.split("=")[0].replace("-", "_").replace("__", "--", 1)
         if name in RESERVED:
             fail(f"{name} is settled by this launcher, so that a retry goes on; take --run_name and flags instead")
     gpu, count = setup.parse_gpu(own.gpu)
     print(f"run {own.run_name}: checking settings and data on the volume ...", flush=True)
-    plan = preflight.remote(own.run_name, count, flags)
+    plan = preflight.remote(own.run_name, gpu, count, own.clips_per_s, flags)
     if "error" in plan:
         fail(f"nothing was started. {plan['error']}\nData that is not on the volume yet: ... modal_job.py upload PATH")
-    hours, dollars = setup.estimate(gpu, count, plan["most_clips"], own.clips_per_s)
+    offer = plan["offer"]
+    dollars = offer["total"]
     print(
-        f"{plan['train_clips']} training clips, at most {plan['most_steps']} steps of {plan['batch_size']}; {count} x "
-        f"{gpu} at {setup.hourly_price(gpu, count):.2f} $/h: at most about {hours:.1f} h and {dollars:.0f} $ "
-        f"(prices of {setup.read_prices()['date']}; early stopping makes it less)",
+        f"{plan['train_clips']} training clips, at most {plan['most_steps']} steps of {plan['batch_size']} on "
+        f"{count} x {gpu}: at most about {offer['hours']:.1f} h and {dollars:.2f} $ ({offer['gpu_dollars']:.2f} for "
+        f"GPUs, {offer['machine_dollars']:.2f} for cores and memory; prices of {offer['as_of']}; early stopping makes "
+        "it less)",
         flush=True,
     )
     if own.max_cost is not None and dollars > own.max_cost:
         fail(
-            f"nothing was started: the estimate of {dollars:.0f} $ is above --max_cost {own.max_cost:g}. Fewer "
+            f"nothing was started: the estimate of {dollars:.2f} $ is above --max_cost {own.max_cost:g}. Fewer "
             "--epochs, --max_steps, another --gpu, or --clips_per_s as an earlier run's log shows it"
         )
     cores, memory = setup.resources(gpu, count)

@@ -1,4 +1,4 @@
-"""What the Modal apps share: the image, the volumes, where things lie in a container, which GPUs there are, prices.
+"""What the Modal apps share: the image, the volumes, where things lie in a container, which GPUs there are.
 
 Modal brings only the launched file into the container, so this one is added to the image beside it. There the
 repository is a folder of files like anywhere else: nothing of it is imported here, programs are started from it.
@@ -129,31 +129,3 @@ def parse_gpu(text: str) -> tuple[str, int]:
 def resources(name: str, count: int) -> tuple[int, int]:
     """(CPU cores, MiB of memory) for so many GPUs: 64 and 256 GiB at eight, in proportion below."""
     return 8 * count, 32768 * count
-
-
-def read_prices() -> dict[str, object]:
-    """launch/prices.toml."""
-    return tomllib.loads((Path(__file__).resolve().parent / "prices.toml").read_text(encoding="utf-8"))
-
-
-def hourly_price(gpu: str, count: int) -> float:
-    """US dollars an hour for a container of so many GPUs, its cores and memory included."""
-    prices = read_prices()["modal"]
-    assert isinstance(prices, dict)
-    cores, memory_mib = resources(gpu, count)
-    per_gpu = prices["gpu_hour"][gpu]
-    return count * per_gpu + cores * prices["cpu_core_hour"] + memory_mib / 1024 * prices["memory_gib_hour"]
-
-
-def estimate(gpu: str, count: int, most_clips: int, clips_per_s: float | None) -> tuple[float, float]:
-    """(hours, US dollars) of a training run to its last step; early stopping makes it shorter.
-
-    A fifth is added for start, evaluation, checkpoints and a restart or two. clips_per_s is over all GPUs; None takes
-    the table's value for this GPU.
-    """
-    if clips_per_s is None:
-        rates = read_prices()["clips_per_s_per_gpu"]
-        assert isinstance(rates, dict)
-        clips_per_s = rates[gpu] * count
-    hours = 1.2 * most_clips / clips_per_s / 3600
-    return hours, hours * hourly_price(gpu, count)

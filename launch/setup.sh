@@ -10,7 +10,8 @@
 #   PYTHON                 interpreter to make the environment with (default: the first of python3, python3.12,
 #                          python3.11, python3.13 that is Python 3.11 to 3.13)
 #   EARMARK_VENV           where the environment lies (default: .venv in the checkout). "none": use the python that is
-#                          active now (PYTHON, else python, else python3), keep its torch, and add only what is missing
+#                          active now (PYTHON, else python, else python3), keep its torch, and add only what is missing:
+#                          where nothing is, neither pip nor a network is needed. "as-is": add nothing, name what is missing
 #   EARMARK_TORCH_INDEX    package index to take torch from, for example https://download.pytorch.org/whl/cpu : without
 #                          a GPU that is a 0.2 GB download, while the default index has several GB of CUDA for Linux
 
@@ -18,7 +19,7 @@ set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="${EARMARK_VENV:-$root/.venv}"
-if [[ "$venv" != none && "$venv" != /* ]]; then venv="$PWD/$venv"; fi # callers may change directory
+if [[ "$venv" != none && "$venv" != as-is && "$venv" != /* ]]; then venv="$PWD/$venv"; fi # callers may change directory
 constraints="$root/launch/constraints.txt"
 needed_mb=3000 # the CPU environment takes 1.6 GB, and pip unpacks beside it
 
@@ -98,13 +99,36 @@ pip_install() {
         "Then run the same command again: it goes on from here."
 }
 
-if [[ "$venv" == none ]]; then
+# Those of the requirements on standard input that the environment does not meet.
+unmet() {
+    "$python" -c '
+import importlib.metadata, sys
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+for line in filter(None, map(str.strip, sys.stdin)):
+    wanted = Requirement(line)
+    try:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or not wanted.specifier.contains(found, prereleases=True):
+        print(line)
+'
+}
+
+if [[ "$venv" == none || "$venv" == as-is ]]; then
     # The user's own environment: no constraints file, and the torch that is there stays.
     python="$(find_python python python3)"
     python="$("$python" -c 'import sys; print(sys.executable)')"
     torch="$(installed_torch)"
-    missing="$(requirements "$@")"
-    if [[ -n "$torch" ]]; then
+    missing="$(requirements "$@" | unmet)"
+    if [[ -z "$missing" ]]; then
+        say "using $python with its torch $torch; nothing is missing"
+    elif [[ "$venv" == as-is ]]; then
+        say "using $python as it is; not as asked for: $(xargs <<<"$missing")"
+    elif [[ -n "$torch" ]]; then
         say "using $python with its torch $torch"
         pip_install -c <(printf 'torch==%s\n' "$torch") -r <(printf '%s\n' "$missing")
     else

@@ -1,11 +1,13 @@
 """Secrets of the environment are in nothing that a run writes or prints, whether it ends well or not."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import bin.train
+from bin import doctor
 from bin.config import parse
 
 Flags = Callable[..., list[str]]
@@ -68,6 +70,56 @@ def test_no_error_and_no_status_holds_a_secret(
     assert is_clean(told)
     assert "<HF_TOKEN>" in (tmp_path / "runs" / "run" / "status.json").read_text()
     assert traces(tmp_path / "runs") == []
+
+
+GONE = f"/nowhere/{CANARIES['HF_TOKEN']}"  # as an address with a login in it, but no network is needed
+
+
+@pytest.mark.parametrize(
+    ("program", "argv"),
+    [
+        ("convert", ["--samples_path", GONE, "--output", "o.jsonl"]),
+        ("doctor", ["--preset", "quickstart", "--audio_model", GONE]),
+        ("evaluate", [GONE]),
+        ("export", [GONE, "--to", "peft", "--output", "o"]),
+        ("index", ["show", "--index", GONE]),
+        ("mine", [GONE, "--samples_path", GONE]),
+        ("pack", ["--samples_path", GONE, "--out", "o"]),
+        ("preflight", ["--", "--train_samples_path", GONE]),
+        ("retrieve", ["--model", GONE, "--glossary", "g.json", "a.wav"]),
+        ("serve", ["--model", GONE, "--glossary", "g.json"]),
+        ("split", ["make", "--samples_path", GONE, "--output_dir", "o"]),
+        ("train", ["--train_samples_path", GONE]),
+    ],
+)
+def test_no_programs_error_holds_a_secret(
+    program: str, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [f"bin/{program}.py", *argv])
+    try:
+        code = importlib.import_module(f"bin.{program}").main()
+    except SystemExit as stop:
+        code = stop.code
+    told = "".join(capfd.readouterr())
+    assert code == 2, told
+    assert "HF_TOKEN" in told  # its name stands in its place
+    assert is_clean(told)
+    assert traces(tmp_path) == []
+
+
+def test_the_doctor_shows_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a finding of a library's words, or of the path of a cache."""
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(doctor, "look_over", lambda config: [doctor.ok("model", f"cached in /home/{GONE}")])
+    for flags in ([], ["--json"]):
+        assert doctor.main(flags) == 0
+        told = capsys.readouterr().out
+        assert "<HF_TOKEN>" in told
+        assert is_clean(told)
 
 
 def test_a_secret_among_the_settings_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,8 @@ def test_too_many_drops_stop_it_list_them_and_write_nothing(tmp_path, capsys):
     arguments = ["--samples_path", str(tmp_path / "x.json"), "--output", str(tmp_path / "out.jsonl")]
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert "error: 1 of 10 records dropped (missing 1)" in str(stop.value)
+    assert stop.value.code == 2
+    assert "error: 1 of 10 records dropped (missing 1)" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
     [line] = (tmp_path / "out.jsonl.bad_records.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "missing"
@@ -88,7 +89,7 @@ def test_too_many_drops_stop_it_list_them_and_write_nothing(tmp_path, capsys):
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
 
 
-def test_members_of_tars_are_no_files_for_other_programs(tmp_path):
+def test_members_of_tars_are_no_files_for_other_programs(tmp_path, capsys):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         audio = next(iter(SAMPLE.parent.rglob("*.ogg")))
         tar.add(audio, "k.ogg")
@@ -99,4 +100,5 @@ def test_members_of_tars_are_no_files_for_other_programs(tmp_path):
     assert len(read(tmp_path / "out.jsonl")) == 1
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--output_format", "lhotse_cuts"])
-    assert "inside_container 1" in str(stop.value)
+    assert stop.value.code == 2
+    assert "inside_container 1" in capsys.readouterr().err

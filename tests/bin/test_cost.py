@@ -20,6 +20,7 @@ SMALL: dict[str, Any] = {
         "modal": {"as_of": "2030", "interruptions_per_hour": 0.0},
         "other": {
             "as_of": "2029",
+            "spot_as_of": "2028",
             "storage_gib_month": 7.3,
             "interruptions_per_hour": 0.0,
             "spot_interruptions_per_hour": 0.1,
@@ -52,6 +53,7 @@ def test_hours_and_dollars_by_hand() -> None:
     assert on_modal.storage_dollars == 0.0
     elsewhere = table["other", "A", "on demand"]
     assert elsewhere.total == pytest.approx(10 * 4 * 3.0 + 10 * 100 * 7.3 / 730)
+    assert (elsewhere.as_of, table["other", "B-80", "spot"].as_of) == ("2029", "2028")
     spot = table["other", "B-80", "spot"]  # 5 h, and 0.5 interruptions of half an hour
     assert (spot.interruptions, spot.hours) == (pytest.approx(0.5), pytest.approx(5.25))
 

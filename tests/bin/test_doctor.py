@@ -1,5 +1,6 @@
 """Each finding with its remedy, with stand-ins for drivers, GPUs, disks, the hub and accounts."""
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from bin import doctor
-from bin.config import Config, parse
+from bin.config import PRESETS, Config, parse
 from bin.doctor import Finding
 from tests.bin.tones import write_samples
 
@@ -75,6 +76,30 @@ def test_gpus_against_the_settings(
     assert finding.state == state
     assert words in finding.found
     assert bool(finding.remedy) == (state != "ok")
+
+
+MEANT_FOR = {"gpu_24gb": (1, 24), "a100_40gb_x8": (8, 40), "h100_x8": (8, 80), "several_nodes": (32, 40)}  # GPUs, GiB
+
+
+def test_every_preset_fits_the_gpus_that_it_is_meant_for() -> None:
+    """A tenth stays free for fragments, NCCL and clips that are longer than most."""
+    assert {p.stem for p in PRESETS.glob("*.toml")} == {*MEANT_FOR, "quickstart"}
+    for preset, (gpus, gib) in MEANT_FOR.items():
+        needed = doctor.needed_gib(parse(["--preset", preset]), gpus)
+        assert needed is not None, preset
+        assert 14.4 < needed < 0.9 * gib, (preset, needed)  # 14.4: the frozen towers in bf16, without a language head
+    assert doctor.needed_gib(parse(["--preset", "a100_40gb_x8", "--batch_size", "4096"]), 8) > 40
+
+
+def test_a_tracker_that_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {f.name: f.state for f in doctor.check_trackers(parse(["--wandb"]))}
+    assert states["tensorboard"] == "ok"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert [(f.state, f.remedy) for f in doctor.check_trackers(parse(["--wandb"]))] == [
+        ("fail", "pip install tensorboard, or --no-tensorboard"),
+        ("fail", "pip install wandb, or leave --wandb out"),
+    ]
+    assert list(doctor.check_trackers(parse(["--no-tensorboard"]))) == []
 
 
 def test_other_towers_need_a_trial_to_tell() -> None:

@@ -50,6 +50,20 @@ def test_errors_pass_through_without_a_save(stop: StopRequest) -> None:
         raise RuntimeError("broken")
 
 
+def test_no_signal_cuts_off_the_telling_of_an_error(stop: StopRequest) -> None:
+    """torchrun sends it to all ranks as soon as one has failed: rank 0 is then about to write why."""
+    with pytest.raises(RuntimeError, match="broken"), stop.held(lambda: None):
+        raise RuntimeError("broken")
+    terminate()
+    assert is_requested()
+
+
+def test_nor_that_of_an_error_outside_the_loop(stop: StopRequest) -> None:
+    stop.only_note()
+    terminate()
+    assert is_requested()
+
+
 def test_a_second_interrupt_ends_it(stop: StopRequest) -> None:
     with pytest.raises(KeyboardInterrupt), stop.held(lambda: None):  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)

@@ -5,6 +5,7 @@ import logging
 import threading
 
 import pytest
+import torch.distributed
 
 from distributed import watch
 from distributed.watch import RankWatch
@@ -13,11 +14,23 @@ from distributed.watch import RankWatch
 class Store(dict):
     """What the watch uses of a torch store."""
 
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self[key].encode()
+
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        assert expected == ""
+        self.setdefault(key, value)
+
     def set(self, key: str, value: str) -> None:
         self[key] = value
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self for key in keys)
+
+
+class GoneStore(Store):
+    def check(self, keys: list[str]) -> bool:
+        raise torch.distributed.DistNetworkError("Connection reset by peer")
 
 
 class Ranks:
@@ -99,7 +112,23 @@ def test_the_thread_posts_where_the_main_thread_is_and_ends() -> None:
             break
         threads[0].join(0.01)
     assert "no line of this program" in json.loads(store["watch-0"])["at"] or "tests/" in store["watch-0"]
-    assert watch.blame() == ""
+    assert watch.last_words(RuntimeError("[gloo] Connection closed by peer"), "") == ""
     watch.stop()
     threads[0].join(5.0)
     assert not threads[0].is_alive()
+
+
+def test_the_first_rank_that_failed_is_told_by_those_whom_it_took_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, closed = Ranks(3), RuntimeError("[gloo/pair.cc:5] Connection closed by peer")
+
+    def on(rank: int, error: Exception) -> str:
+        monkeypatch.setattr(watch, "_current", ranks.watches[rank])
+        return watch.last_words(error, f"{type(error).__name__}: {error}")
+
+    assert on(0, closed) == "", "a rank that was killed leaves none"
+    assert on(1, OSError("no disk")) == ""
+    assert on(2, ValueError("another, later")) == ""
+    assert on(0, closed) == on(2, torch.distributed.DistBackendError("NCCL")) == "rank 1: OSError: no disk"
+    ranks.store = GoneStore()
+    ranks.watches[0].store, ranks.watches[0].verdict = ranks.store, "rank 1 never reported"
+    assert on(0, closed) == "waiting for: rank 1 never reported"

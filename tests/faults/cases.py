@@ -1,56 +1,18 @@
 """The faults: each function disturbs one run and returns what came of it. See soak.py."""
 
+import os
 import random
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from distributed.atomic import damage
 from tests.faults.job import Job, Workshop
+from tests.faults.outcome import Case, Outcome, Row, compared
+from tests.faults.storage import damaged_checkpoint, full_disk, log_disk_gone, read_only, write_limit
 
 GRACE_S = 30.0  # torchrun's, between SIGTERM and SIGKILL
-KILOBYTES_OF_DISK = 700
-
-
-@dataclass
-class Outcome:
-    """survived: came to its end after the fault, or refused as it should. equal: bit for bit; None: not to be had."""
-
-    survived: bool
-    equal: bool | None
-    leftovers: list[str]
-    note: str = ""
-
-    @property
-    def is_good(self) -> bool:
-        return self.survived and self.equal is not False and not self.leftovers
-
-
-class Skipped(Exception):
-    """The fault cannot be made here; the reason is shown."""
-
-
-Case = Callable[[Workshop, str, random.Random], Outcome]
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    case: Case
-    every_round: bool = True  # else once a soak: nothing in it is left to chance
-    in_ci: bool = False
-
-
-def compared(job: Job, *more: str) -> Outcome:
-    """Resume to the end, and compare with the undisturbed run."""
-    reference = job.shop.reference(*more)
-    job.finish()
-    return Outcome(True, job.trained() == reference, job.leftovers())
+NAMED_S = 5.0  # from the death of a loader's worker to an error that names it
 
 
 # --- SIGKILL ---------------------------------------------------------------------------------------------------------
@@ -86,28 +48,50 @@ def kill(target: str, launcher: str, moment: Literal["any", "save"] = "any") -> 
     return case
 
 
+def kill_under_the_launcher(target: str) -> Case:
+    """launch/attempts.py brings the run to its end by itself, without a hand."""
+
+    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+        reference = shop.reference()
+        job = Job(shop, name, launcher="attempts")
+        job.start("slow_steps:100")
+        job.until(job.dir.exists)
+        delay_s = chance.uniform(0.0, 2.0)
+        time.sleep(delay_s)
+        # A rank whose work is done may die while rank 0 writes the report: the run has finished all the same.
+        too_late = not job.kill(target) or job.status()["state"] == "finished"
+        (code,), told = job.wait(), job.told()
+        again = "attempt 1 of 4 failed" in told or too_late
+        good = code == 0 and again and job.status()["state"] == "finished"
+        return Outcome(good, job.trained() == reference, job.leftovers(), f"{delay_s:.2f} s, code {code}")
+
+    return case
+
+
 def kill_a_loader_worker(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-    """To be had as soon as the loader works with processes: children of the ranks."""
+    """One of four workers, of any rank: named in the output within 5 s and in the status, whichever rank it worked for.
+
+    The undisturbed run has one worker a rank: their number must not show in what is trained.
+    """
     reference = shop.reference()
-    job = Job(shop, name)
+    job = Job(shop, name, ("--num_workers", "2"), grace_s=10.0)
     job.start("slow_steps:50")
-    job.until(lambda: job.checkpoints())
-    children = [
-        int(pid)
-        for rank in job.rank_pids()
-        for pid in subprocess.run(["pgrep", "-P", str(rank)], capture_output=True, text=True).stdout.split()
-    ]
-    if not children:
-        job.wait()
-        raise Skipped("the loader works with threads, which cannot be killed")
-    victim = chance.choice(children)
-    subprocess.run(["kill", "-KILL", str(victim)], check=False)
-    job.wait()
-    told = job.told()
-    state = job.status()["state"]
+    job.until(lambda: len(job.loader_workers()) == 4 and job.status()["state"] == "training")
+    workers = job.loader_workers()
+    unseen = set(workers) - set(shop.processes())
+    assert not unseen, f"the search for left processes does not see {unseen}"
+    time.sleep(chance.uniform(0.0, 0.5))
+    victim = chance.choice(workers)
+    os.kill(victim, signal.SIGKILL)
+    asked, words = time.monotonic(), f"(process {victim}) was killed by SIGKILL"
+    job.until(lambda: words in job.told())
+    seconds = time.monotonic() - asked
+    codes, status = job.wait(), job.status()
+    job.until_gone()
+    named = seconds < NAMED_S and status["state"] == "failed" and words in status["message"]
+    note = f"named after {seconds:.1f} s, codes {codes}" + ("" if named else f", {status}")
     job.finish()
-    survived = state == "finished" or "worker" in told  # either mended on the spot, or named in the error
-    return Outcome(survived, job.trained() == reference, job.leftovers(), f"then {state}")
+    return Outcome(named and 0 not in codes, job.trained() == reference, job.leftovers(), note)
 
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------
@@ -158,131 +142,6 @@ def terminate_torchrun(times: int) -> Case:
     return case
 
 
-# --- disks -----------------------------------------------------------------------------------------------------------
-
-
-class Mount:
-    """A small file system in memory; Skipped where this process may not mount."""
-
-    def __init__(self, folder: Path, options: str) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._mount(options)
-
-    def _mount(self, options: str) -> None:
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise Skipped(f"mount is not allowed here ({done.stderr.strip()})")
-
-    def remount(self, options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", str(self.folder)], check=True)
-
-    def __enter__(self) -> "Mount":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        subprocess.run(["umount", "-l", str(self.folder)], check=True)
-
-
-def full_disk(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-    """A disk of a few hundred kilobytes; after the failure it is made larger."""
-    reference = shop.reference("--keep_checkpoints", "99")
-    size = KILOBYTES_OF_DISK + chance.randrange(0, 300)
-    with Mount(shop.folder / f"disk-{name}", f"size={size}k") as disk:
-        job = Job(shop, name, ("--keep_checkpoints", "99"), runs_dir=disk.folder)
-        job.start()
-        codes = job.wait()
-        good = codes != [0, 0] and "No space left on device" in job.told()
-        damaged = [str(p) for p in job.checkpoints() if damage(p) is not None]
-        disk.remount("size=64m")
-        job.finish()
-        outcome = Outcome(good and not damaged, job.trained() == reference, job.leftovers(), f"{size} kB")
-    return outcome
-
-
-def write_limit(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-    """The kernel refuses the bytes of a file half-way, on every rank, without any need to mount."""
-    reference = shop.reference()
-    job = Job(shop, name)
-    job.start("slow_steps:1")
-    job.until(lambda: job.checkpoints())
-    job.kill("all")
-    job.wait()
-    largest = max(p.stat().st_size for p in job.checkpoints()[-1].iterdir()) // 1024
-    job.start(f"small_disk:{chance.randrange(largest // 2, largest)}")
-    codes = job.wait()
-    good = codes != [0, 0] and ("was not saved" in job.told() or "File too large" in job.told())
-    good = good and job.status()["state"] == "failed" and all(damage(p) is None for p in job.checkpoints())
-    job.finish()
-    return Outcome(good, job.trained() == reference, job.leftovers())
-
-
-def read_only(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-    with Mount(shop.folder / f"disk-{name}", "ro,size=1m") as disk:
-        job = Job(shop, name, runs_dir=disk.folder)
-        job.start()
-        codes = job.wait(60)
-        told = job.told()
-        good = codes[0] == 2 and "cannot be written (Read-only file system)" in told and "--runs_dir" in told
-        disk.remount("rw,size=64m")
-        outcome = compared(job)
-        outcome.survived = good
-    return outcome
-
-
-def log_disk_gone(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-    reference = shop.reference()
-    job = Job(shop, name, ("--tensorboard",))
-    job.start(f"log_disk_gone:{chance.randrange(2, 9)}")
-    codes = job.wait()
-    told = job.told()
-    good = codes == [0, 0] and job.status()["state"] == "finished"
-    good = good and told.count("metrics.jsonl cannot be written") == 1 and told.count("log file") == 1
-    return Outcome(good, job.trained() == reference, job.leftovers())
-
-
-# --- damaged checkpoints ---------------------------------------------------------------------------------------------
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) * 2 // 3] ^= 4
-    file.write_bytes(content)
-
-
-def damaged_checkpoint(every_file: bool) -> Case:
-    def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-        reference = shop.reference()
-        original = Job(shop, f"{name}-original")
-        original.start("term_mid_step:7")
-        original.wait()
-        newest, previous = original.checkpoints()[-1], original.checkpoints()[-2]
-        files = sorted(p.name for p in newest.iterdir())
-        todo = [(file, harm) for file in files for harm in (truncate, flip_a_bit, Path.unlink)]
-        bad = []
-        todo = todo if every_file else chance.sample(todo, 1)
-        for i, (file, harm) in enumerate(todo):
-            job = Job(shop, f"{name}-{i}")
-            shutil.copytree(original.dir, job.dir)
-            harm(job.dir / "checkpoints" / newest.name / file)
-            job.start()
-            codes = job.wait()
-            said = "is damaged and passed over" in job.told() and f"falling back to checkpoint {job.dir}" in job.told()
-            went_on = f"{previous.name}: step" in job.told() and codes == [0, 0]
-            if not (said and went_on and job.trained() == reference) or job.leftovers():
-                bad.append(f"{file} {harm.__name__}")
-            shutil.rmtree(job.dir)
-        return Outcome(not bad, not bad, [], f"{len(todo)} damages" + (f", bad: {bad}" if bad else ""))
-
-    return case
-
-
 # --- ranks, clocks, neighbours ---------------------------------------------------------------------------------------
 
 
@@ -300,6 +159,23 @@ def stalled(fault: str, words: str) -> Case:
         return Outcome(named and 0 not in codes, job.trained() == reference, job.leftovers(), note)
 
     return case
+
+
+def nan_on_one_rank(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    """Both ranks skip that step, once. Equal: with the run that had the NaN too, but was not stopped in that step."""
+    step = chance.randrange(2, 9)
+    through, stopped = Job(shop, f"{name}-through"), Job(shop, name)
+    through.start(f"nan_on_one_rank:{step}")
+    codes, told = through.wait(), through.told()
+    good = all(f"{rank} step {step - 1} is skipped: loss is nan" in told for rank in ("WARNING:", "[rank 1] WARNING"))
+    stopped.start(f"nan_and_term:{step}")
+    codes += stopped.wait()
+    good = good and codes == [0, 0, 0, 0] and stopped.status()["state"] == "preempted"
+    stopped.finish()
+    trained = through.trained()
+    differs = trained != shop.reference()  # a step was left out
+    leftovers = through.leftovers() + stopped.leftovers()
+    return Outcome(good and differs, stopped.trained() == trained, leftovers, f"step {step}")
 
 
 def second_job(shop: Workshop, name: str, chance: random.Random) -> Outcome:
@@ -362,9 +238,12 @@ TABLE = (
     Row("SIGKILL of one rank under torchrun", kill("rank1", "torchrun")),
     Row("SIGKILL of torchrun", kill("torchrun", "torchrun"), in_ci=True),
     Row("SIGKILL of torchrun inside a save", kill("torchrun", "torchrun", "save")),
+    Row("SIGKILL of one rank under the launcher", kill_under_the_launcher("rank1"), in_ci=True),
+    Row("SIGKILL of torchrun under the launcher", kill_under_the_launcher("torchrun")),
     Row("SIGKILL of a loader worker", kill_a_loader_worker, in_ci=True),
     Row("SIGTERM while starting", terminated("term_at_start:1"), every_round=False),
     Row("SIGTERM in a step", terminated("term_mid_step:?"), in_ci=True),
+    Row("SIGTERM to one rank alone", terminated("term_one_rank:?"), in_ci=True),
     Row("SIGTERM in evaluation", terminated("term_in_evaluation:3"), every_round=False, in_ci=True),
     Row("SIGTERM while the glossary is embedded", terminated("term_in_evaluation:2"), every_round=False),
     Row("SIGTERM in a save", terminated("term_in_save:?"), in_ci=True),
@@ -377,6 +256,7 @@ TABLE = (
     Row("log disk gone", log_disk_gone, in_ci=True),
     Row("a checkpoint file damaged, one at random", damaged_checkpoint(every_file=False), in_ci=True),
     Row("every checkpoint file damaged in every way", damaged_checkpoint(every_file=True), every_round=False),
+    Row("NaN on one rank", nan_on_one_rank),
     Row("a rank stopped", stalled("stop_one_rank", "rank 1 does not answer"), every_round=False, in_ci=True),
     Row("a rank stalled", stalled("stall_one_rank", "rank 1 is at tests/faults/rank.py"), every_round=False),
     Row("two jobs on one run directory", second_job, every_round=False, in_ci=True),

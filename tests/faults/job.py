@@ -49,6 +49,11 @@ class Nursery:
             self._process = None
 
 
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, found.split()))
+
+
 @dataclass
 class Workshop:
     """A folder with data, runs and one nursery; all cases of a soak share it."""
@@ -113,7 +118,7 @@ class Job:
     shop: Workshop
     name: str
     more: tuple[str, ...] = ()
-    launcher: str = "nursery"  # or torchrun
+    launcher: str = "nursery"  # or torchrun, or attempts: torchrun under launch/attempts.py
     ranks: int = 2
     runs_dir: Path | None = None
     grace_s: float = 30.0
@@ -147,6 +152,9 @@ class Job:
         program = [str(ROOT / "bin" / "train.py")] if fault == "none" else [str(HERE / "rank.py"), fault]
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.ranks}"]
         launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{self.port}"]
+        if self.launcher == "attempts":
+            program_of_ours = [sys.executable, str(ROOT / "launch" / "attempts.py"), "--run_dir", str(self.dir)]
+            launcher = [*program_of_ours, "--wait_s", "0.1", "--", *launcher]
         with self.out.open("ab") as out:
             self._process = subprocess.Popen(
                 [*launcher, *program, *flags], cwd=self.shop.folder, stdout=out, stderr=out, start_new_session=True,
@@ -171,7 +179,7 @@ class Job:
     def kill(self, target: str, number: int = signal.SIGKILL) -> bool:
         """Signal the launcher, rank 0 or 1, or all ranks; False when there is nobody any more."""
         if target == "torchrun":
-            pids = [self._process.pid]
+            pids = [self._torchrun_pid()]
         else:
             ranks = self.rank_pids()
             pids = ranks if target == "all" else ranks[int(target[-1]) : int(target[-1]) + 1]
@@ -185,10 +193,14 @@ class Job:
         return hit
 
     def rank_pids(self) -> list[int]:
-        if self.launcher == "nursery":
-            return self.pids
-        children = subprocess.run(["pgrep", "-P", str(self._process.pid)], capture_output=True, text=True).stdout
-        return sorted(map(int, children.split()))
+        return self.pids if self.launcher == "nursery" else children(self._torchrun_pid())
+
+    def _torchrun_pid(self) -> int:
+        """torchrun is the launcher's first child, or the process itself; after its end no process has that number."""
+        return (children(self._process.pid) or [2**31 - 1])[0] if self.launcher == "attempts" else self._process.pid
+
+    def loader_workers(self) -> list[int]:
+        return [worker for rank in self.rank_pids() for worker in children(rank)]
 
     def until(self, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> bool:
         """Wait, closely; False when the attempt ended first."""

@@ -81,6 +81,31 @@ def term_at_start(number: int) -> None:
     before(bin.train, "build_model", number, terminate)
 
 
+def term_one_rank(step: int) -> None:
+    if RANK == "1":
+        term_mid_step(step)
+
+
+def nan_on_one_rank(step: int) -> None:
+    """Its loss of one step, and so its gradients."""
+    if RANK != "1":
+        return
+    real, calls = bin.train.loss_share, 0
+
+    def poisoned(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        share, parts, relations = real(*args)
+        return (share * float("nan") if calls == step else share), parts, relations
+
+    bin.train.loss_share = poisoned
+
+
+def nan_and_term(step: int) -> None:
+    nan_on_one_rank(step)
+    term_mid_step(step)
+
+
 def stop_one_rank(step: int) -> None:
     """The process is there, but does nothing any more."""
     if RANK == "1":
@@ -144,8 +169,8 @@ def slow_steps(milliseconds: int) -> None:
 
 
 FAULTS = (
-    term_mid_step, term_twice, term_in_evaluation, term_in_save, term_at_start, stop_one_rank, stall_one_rank,
-    clock_goes_back, log_disk_gone, small_disk, slow_steps,
+    term_mid_step, term_one_rank, term_twice, term_in_evaluation, term_in_save, term_at_start, nan_on_one_rank,
+    nan_and_term, stop_one_rank, stall_one_rank, clock_goes_back, log_disk_gone, small_disk, slow_steps,
 )  # fmt: skip
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent)]
 
-from tests.faults.cases import TABLE, Outcome, Row, Skipped  # noqa: E402
+from tests.faults.cases import TABLE  # noqa: E402
 from tests.faults.job import Workshop  # noqa: E402
+from tests.faults.outcome import Outcome, Row, Skipped  # noqa: E402
 
 
 def attempt(row: Row, shop: Workshop, number: int, seed: int) -> Outcome | str:
@@ -36,6 +37,7 @@ def attempt(row: Row, shop: Workshop, number: int, seed: int) -> Outcome | str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="repetitions of the rows that leave something to chance")
+    parser.add_argument("--all_rows", action="store_true", help="repeat the other rows as often, too")
     parser.add_argument("--only", default="", help="a word in the names of the rows to run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
@@ -46,7 +48,7 @@ def main() -> int:
         for row in [r for r in TABLE if arguments.only in r.name]:
             outcomes: list[Outcome] = []
             skipped, started = "", time.monotonic()
-            for number in range(arguments.rounds if row.every_round else 1):
+            for number in range(arguments.rounds if row.every_round or arguments.all_rows else 1):
                 outcome = attempt(row, shop, number, arguments.seed)
                 if isinstance(outcome, str):
                     skipped = outcome

@@ -1,13 +1,16 @@
 """A round of the faults that matter most, through the real program; all of them: python tests/faults/soak.py."""
 
+import os
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.cases import TABLE, Outcome, Row, Skipped, compared
-from tests.faults.job import Job, Workshop
+from tests.faults.cases import TABLE
+from tests.faults.job import MARK, Job, Workshop
+from tests.faults.outcome import Outcome, Row, Skipped, compared
 from tests.faults.soak import attempt
 
 
@@ -38,9 +41,18 @@ def test_leftovers_are_found(shop: Workshop, tmp_path: Path) -> None:
     job = Job(shop, "left", runs_dir=tmp_path)
     (tmp_path / "left" / "checkpoints" / ".step-00000002.tmp-0a0b0c0d").mkdir(parents=True)
     (shop.folder / "tmp" / "forgotten").write_text("")
+    orphan = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: shop.word})
     try:
-        assert len(job._leftovers()) == 2
+        while orphan.pid not in shop.processes():  # its environment comes a little after its program
+            assert orphan.poll() is None
+        shop.shared_memory.add(str(tmp_path))  # stands for a segment that is still there
+        found = job._leftovers()
+        assert len(found) == 4, found
+        assert f"process {orphan.pid}" in found
     finally:
+        orphan.kill()
+        orphan.wait()
+        shop.shared_memory.discard(str(tmp_path))
         (shop.folder / "tmp" / "forgotten").unlink()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.standins import ROOT
+from tests.launch.standins import ROOT, write_program
 
 PROGRAM = str(ROOT / "launch" / "attempts.py")
 
@@ -46,6 +46,9 @@ if word == "fail":
 if word == "wrong":
     status("failed", "ValueError: lr: got 0")
     sys.exit(1)
+if word in ("told", "agreed"):
+    status("preempted")
+    sys.exit(1 if word == "told" else 0)
 if word == "die":
     status("training")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -95,6 +98,8 @@ def calls(folder: Path) -> list[list[str]]:
         ("fail", 2, 1, 3),
         ("die", 0, 1, 1),
         ("wrong finish", 3, 2, 1),
+        ("told told finish", 3, 0, 3),  # by torchrun, for a worker had died
+        ("agreed finish", 3, 75, 1),  # by another machine's scheduler
     ],
 )
 def test_the_status_decides(tmp_path: Path, plan: str, retries: int, code: int, attempts: int) -> None:
@@ -156,6 +161,22 @@ def test_a_torchrun_that_waits_for_others_is_ended(
     done = run(tmp_path, "linger", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the run has ended, but torchrun has not" in done.stdout
+
+
+def test_the_closing_table_of_gpu_use_is_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(tmp_path / "tools" / "nvidia-smi", "#!/bin/sh\necho 0, 90, 30000, 40960, 250.5, 61\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    monkeypatch.setenv("GPU_SAMPLE_S", "0.02")
+    log = tmp_path / "train.log"
+    process = subprocess.Popen(command(tmp_path, 3, "--log", str(log)), env={**os.environ, "PLAN": "wait"})
+    try:
+        wait_for(tmp_path / "run" / "ready")
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    finally:
+        process.kill()
+    assert "launch:   GPU  0   90 %   30000 of 40960 MiB   250 W   61 C" in log.read_text()
 
 
 def test_the_log_has_all_attempts_and_no_progress_bar(tmp_path: Path) -> None:

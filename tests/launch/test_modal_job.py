@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from tests.launch.standins import ROOT
 
 FILE = str(ROOT / "launch" / "modal_job.py")
 MAIN = job.main.info.raw_f
-PLAN = {"train_clips": 1000, "most_steps": 300, "most_clips": 1_000_000, "batch_size": 128}
+OFFER = {"hours": 2.5, "total": 60.5, "gpu_dollars": 50.0, "machine_dollars": 10.5, "as_of": "2030-01-01"}
+PLAN = {"train_clips": 1000, "most_steps": 300, "most_clips": 1_000_000, "batch_size": 128, "offer": OFFER}
 
 
 def test_modal_run_trains_on_the_sample_and_brings_the_result_back(tmp_path: Path) -> None:
@@ -32,6 +34,7 @@ def test_modal_run_trains_on_the_sample_and_brings_the_result_back(tmp_path: Pat
         done = modal_server.modal(server, "run", FILE, "train", *own, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr + "".join(server.container_logs)
 
+        assert "prices of 20" in done.stdout  # bin/cost.py has spoken, in the small container
         # The result has come back, and the run lies on the volume.
         result = json.loads(done.stdout[done.stdout.index("\n{") : done.stdout.rindex("}") + 1])
         assert (result["status"]["state"], result["status"]["step"], result["exit_code"]) == ("finished", 2, 0)
@@ -144,11 +147,27 @@ def test_nothing_starts_when_the_data_or_the_settings_are_wrong(
 
 def test_nothing_starts_above_the_limit_of_cost(remotes: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        MAIN("train", "--max_cost", "1", "--clips_per_s", "100")
-    assert "is above --max_cost 1" in capsys.readouterr().err
+        MAIN("train", "--max_cost", "60", "--clips_per_s", "100")
+    assert "the estimate of 60.50 $ is above --max_cost 60" in capsys.readouterr().err
     assert not remotes.train.calls
-    MAIN("train", "--max_cost", "100", "--clips_per_s", "100")
+    assert remotes.preflight.calls[0][1:4] == ("A100-40GB", 8, 100.0)
+    MAIN("train", "--max_cost", "61", "--clips_per_s", "100")
     assert remotes.train.calls
+    assert "2.5 h and 60.50 $ (50.00 for GPUs, 10.50 for cores and memory" in capsys.readouterr().out
+
+
+def test_the_estimate_is_that_of_the_cost_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.6 M clips at 100 a second over 8 GPUs: 10 h of steps, at an efficiency of 0.85; GPUs, 64 cores and 256 GiB."""
+    monkeypatch.setattr(setup, "REPO", str(ROOT))
+    offer = job.estimate("H100", 8, 3_600_000, 100.0)
+    prices = tomllib.loads((ROOT / "launch" / "prices.toml").read_text())
+    cores, mib = setup.resources("H100", 8)
+    hourly = prices["modal"]
+    machine = cores * hourly["cpu_core_hour"] + mib / 1024 * hourly["memory_gib_hour"]
+    assert 10 / 0.85 < offer["hours"] < 1.01 * 10 / 0.85  # and a little for interruptions
+    assert offer["gpu_dollars"] == pytest.approx(offer["hours"] * 8 * hourly["gpu_hour"]["H100"])
+    assert offer["machine_dollars"] == pytest.approx(offer["hours"] * machine)
+    assert job.estimate("L4", 2, 1000, None)["gpu"] == "L4"
 
 
 @pytest.mark.parametrize(
@@ -159,6 +178,7 @@ def test_nothing_starts_above_the_limit_of_cost(remotes: SimpleNamespace, capsys
         (("train", "--resume=never"), "--resume is settled by this launcher"),
         (("trian",), "command: got 'trian'; allowed: upload, train"),
         (("evaluate", "--k", "3"), "name the run first"),
+        (("train", "--clips_per_s", "0"), "clips_per_s: got 0"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(

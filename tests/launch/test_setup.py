@@ -107,11 +107,36 @@ def test_another_folder_may_be_named_relative_to_where_one_stands(setup: Setup, 
 def test_an_active_environment_keeps_its_torch(setup: Setup) -> None:
     import torch
 
+    ask_for(setup, "earmark-nowhere>=1")
     done = setup(EARMARK_VENV="none")
     assert done.returncode == 0, done.stderr
     assert f"torch=={torch.__version__}" in setup.calls
+    assert "earmark-nowhere>=1" in setup.calls
     assert "constraints.txt" not in setup.calls
+    assert "numpy" not in setup.calls, "what is there is not asked for again"
     assert not (setup.root / ".venv").exists()
+
+
+def test_an_active_environment_that_has_all_needs_neither_pip_nor_network(setup: Setup) -> None:
+    done = setup(EARMARK_VENV="none", PIP_EXIT="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{setup.base}\n"
+    assert setup.calls == ""
+
+
+def test_an_environment_may_be_taken_as_it_is(setup: Setup) -> None:
+    ask_for(setup, "earmark-nowhere>=1", "numpy>=1000")
+    done = setup(EARMARK_VENV="as-is", PIP_EXIT="1")
+    assert (done.returncode, done.stdout) == (0, f"{setup.base}\n"), done.stderr
+    assert "not as asked for: earmark-nowhere>=1 numpy>=1000" in done.stderr
+    assert setup.calls == ""
+
+
+def ask_for(setup: Setup, *requirements: str) -> None:
+    """Add dependencies to the copy of pyproject.toml."""
+    file = setup.root / "pyproject.toml"
+    quoted = ", ".join(f'"{r}"' for r in requirements)
+    file.write_text(file.read_text().replace("dependencies = [", f"dependencies = [{quoted},", 1))
 
 
 def test_a_stand_in_of_a_version_manager_is_passed_over(setup: Setup, tmp_path: Path) -> None:
