@@ -278,11 +278,13 @@ def _packed(shop: Workshop) -> Path:
 
 
 def read_packed(folder: Path) -> int:
-    """All clips of a packed folder with their samples, and what `verify` says of it."""
-    verify(folder)
+    """All clips of a packed folder with their samples. What `verify` has nothing against must also be in order."""
+    is_whole = not verify(folder)
     table, reader, taken = open_packed(folder), AudioReader(0), 0
+    assert len(table.positive_term_places) <= len(table.terms)
     for clip in table:
-        _check(clip)
+        if is_whole:
+            _check(clip)
         try:
             taken += bool(len(reader.read(clip.audio_path, clip.start_s, clip.end_s)))
         except AudioError:
