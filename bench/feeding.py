@@ -49,7 +49,7 @@ class FeedBench:
     """Length of a clip."""
     batch_size: int = 256
     num_workers: int = 4
-    steps: int = 300
+    steps: int = 60
     """Training steps."""
     more: tuple[str, ...] = ()
     """Further flags of bin/train.py, as one string each: --more=--learn_temperature."""

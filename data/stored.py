@@ -25,6 +25,8 @@ from data.reader import SAMPLE_BYTES
 from data.shards import FileEntry, replaced_file, shard_name, sync_folder
 from data.worker import Json
 
+PIECE_BYTES = 1 << 17
+
 
 class Stored:
     """The finished shards: where each clip's samples lie, and which samples are known, by 64-bit key and comparison."""
@@ -166,10 +168,11 @@ class OpenShard:
         raise AssertionError(start)
 
     def _write(self, content: memoryview) -> None:
-        self.digest.update(content)
         self.num_samples += len(content) // SAMPLE_BYTES
-        while len(content):
-            content = content[self.file.write(content) or 0 :]
+        while len(content):  # piece by piece: what was hashed is still in the processor's cache when it is written
+            piece = content[: self.file.write(content[:PIECE_BYTES]) or 0]
+            self.digest.update(piece)
+            content = content[len(piece) :]
 
     def finish(self) -> None:
         os.fsync(self.file.fileno())

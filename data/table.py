@@ -69,7 +69,15 @@ class ClipTable(Sequence[Clip]):
         self._check()
 
     def _check(self) -> None:
+        """What can be told without reading the rows; they are checked as they are read."""
         count = len(self)
+        kinds = PER_CLIP | PACKED | {f"{row}_indptr": np.int64 for row in (*ROWS, "spoken")}
+        kinds |= {f"{row}_{part}": np.int32 for row, parts in ROWS.items() for part in parts}
+        kinds |= {"term_key": np.int64, "term_group": np.int64, "spoken_groups": np.int64}
+        there = {name: self.columns[name] for name in kinds if name in self.columns}
+        odd = [name for name, column in there.items() if (column.ndim, column.dtype) != (1, kinds[name])]
+        if odd or sum(field in self.columns for field in PACKED) not in (0, len(PACKED)):
+            raise ValueError(f"{self.name}: columns of another kind, or some are missing: {odd or list(PACKED)}")
         sized = {field: len(self._texts[field]) for field in TEXTS} | {
             field: len(self.columns[field]) for field in (*PER_CLIP, *PACKED) if field in self.columns
         }
@@ -79,9 +87,11 @@ class ClipTable(Sequence[Clip]):
             raise ValueError(f"{self.name}: columns of {count} clips and {len(self.terms)} terms have sizes {wrong}")
         if self.sample_start_C is not None and self.num_samples_C is not None and count:
             ends_C = self.sample_start_C + self.num_samples_C
-            if self.sample_start_C.min() < 0 or self.num_samples_C.min() < 1 or ends_C.max() > self.shard_starts[-1]:
+            # (The start alone too: what is added to it may be more than 64 bits hold.)
+            reach = max(ends_C.max(), self.sample_start_C.max())
+            if self.sample_start_C.min() < 0 or self.num_samples_C.min() < 1 or reach > self.shard_starts[-1]:
                 raise ValueError(
-                    f"{self.name}: clips reach to sample {ends_C.max()}, the shards hold {self.shard_starts[-1]}: "
+                    f"{self.name}: clips reach to sample {reach}, the shards hold {self.shard_starts[-1]}: "
                     "index and shards are not of one packing; pack again"
                 )
 
@@ -101,7 +111,7 @@ class ClipTable(Sequence[Clip]):
             raise IndexError(row)
         row %= len(self)
         places = self.positives(row)
-        surfaces = self._positive_surfaces[self.positive_indptr[row] : self.positive_indptr[row + 1]]
+        surfaces = self._places(self._positive_surfaces, self.positive_indptr, row, len(self._surfaces))
         audio_path, start_s, end_s = self.audio(row)
         return Clip(
             **{field: texts[row] for field, texts in self._texts.items()} | {"audio_path": audio_path},
@@ -130,10 +140,18 @@ class ClipTable(Sequence[Clip]):
 
     def positives(self, row: int) -> list[int]:
         """Places among the table's terms."""
-        return self.positive_terms[self.positive_indptr[row] : self.positive_indptr[row + 1]].tolist()
+        return self._places(self.positive_terms, self.positive_indptr, row, len(self.terms))
 
     def ignored(self, row: int) -> list[int]:
-        return self._ignored_terms[self._ignored_indptr[row] : self._ignored_indptr[row + 1]].tolist()
+        return self._places(self._ignored_terms, self._ignored_indptr, row, len(self.terms))
+
+    def _places(self, places: np.ndarray, indptr: np.ndarray, row: int, size: int) -> list[int]:
+        """A row of places in a list of `size`. ValueError where the index is damaged."""
+        start, stop = int(indptr[row]), int(indptr[row + 1])
+        found: list[int] = places[start:stop].tolist()
+        if not 0 <= start <= stop <= len(places) or (found and not 0 <= min(found) <= max(found) < size):
+            raise ValueError(f"{self.name}: clip {row} has places {found[:3]} of {size}: the index is damaged")
+        return found
 
     @property
     def is_packed(self) -> bool:
@@ -167,7 +185,10 @@ class ClipTable(Sequence[Clip]):
     @property
     def positive_term_places(self) -> np.ndarray:
         """int64: the terms that are a positive of any clip, each once, in the table's order."""
-        return np.flatnonzero(np.bincount(self.positive_terms, minlength=len(self.terms))) if len(self.terms) else []  # type: ignore[return-value]
+        size, places = len(self.terms), self.positive_terms
+        if len(places) and not 0 <= places.min() <= places.max() < size:
+            raise ValueError(f"{self.name}: a clip has a term that is none of the {size}: the index is damaged")
+        return np.flatnonzero(np.bincount(places, minlength=size))
 
 
 def as_listed(clips: Sequence[Clip]) -> Iterator[Clip]:

@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pytest
 
 from data.columns import StringSpool, map_columns
@@ -97,3 +98,30 @@ def test_the_same_clips_give_the_same_bytes(clips):
         writer.write(file)
         written.append(file.getvalue())
     assert written[0] == written[1]
+
+
+def damaged(table, **columns):
+    return ClipTable({**table.columns, **columns}, ["a"], [0, 1 << 40])
+
+
+def test_a_damaged_row_is_refused_when_it_is_read(clips):
+    _, table = shared_table(clips)
+    far = np.full_like(table.columns["positive_terms"], 1 << 30)
+    with pytest.raises(ValueError, match="the index is damaged"):
+        list(damaged(table, positive_terms=far))
+    with pytest.raises(ValueError, match="the index is damaged"):
+        damaged(table, positive_terms=far).positive_term_places  # noqa: B018 - reading it is the test
+    with pytest.raises(ValueError, match="the index is damaged"):
+        list(damaged(table, positive_surfaces=-far))
+    ends = table.columns["positive_indptr"].copy()
+    ends[1:] += 1 << 20
+    with pytest.raises(ValueError, match="the index is damaged"):
+        list(damaged(table, positive_indptr=ends))
+
+
+def test_columns_of_another_kind_or_half_of_those_of_packed_clips_are_refused(clips):
+    _, table = shared_table(clips)
+    with pytest.raises(ValueError, match="positive_terms"):
+        damaged(table, positive_terms=table.columns["positive_terms"].astype(np.float32))
+    with pytest.raises(ValueError, match="num_samples"):
+        damaged(table, sample_start=np.zeros(len(table), np.int64))

@@ -24,13 +24,17 @@ import numpy as np
 import soundfile as sf
 from hypothesis import strategies as st
 
-from data.clips import Clip, load_clips
+from data.audio import AudioError
+from data.clips import Clip, iterate_clips, load_clips
 from data.drops import DropLog
 from data.glossary import load_glossary
 from data.legacy_shards import LegacyShards
 from data.object_arrays import strings_of_pickle
+from data.packing import pack_clips
+from data.reader import AudioReader
 from data.records import iterate_records, keys_at_start
 from data.settings import DataSettings
+from data.shards import open_packed, verify
 from data.terms import normalise_term, unusable_reason
 from data.windows import load_prompts
 from tests.fuzz.harness import Target, damaged
@@ -260,6 +264,34 @@ def _old_shard(folder: Path) -> Path:
     return good
 
 
+def _packed(shop: Workshop) -> Path:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(4):
+        sf.write(shop.folder / f"p{number}.wav", rng.normal(0, 0.1, 400 + number), 16_000, subtype="PCM_16")
+        rows.append(TERM_CHUNK | {"segment_id": f"p{number}", "term_chunk_audio": f"p{number}.wav"})
+        rows[-1]["term_chunk_audio_start"], rows[-1]["term_chunk_audio_end"] = 0.0, None
+    (shop.folder / "packed.json").write_text(json.dumps(rows))
+    drops = DropLog(1.0)
+    pack_clips(iterate_clips(shop.folder / "packed.json", shop.settings, drops), shop.folder / "packed", drops)
+    return shop.folder / "packed"
+
+
+def read_packed(folder: Path) -> int:
+    """All clips of a packed folder with their samples. What `verify` has nothing against must also be in order."""
+    is_whole = not verify(folder)
+    table, reader, taken = open_packed(folder), AudioReader(0), 0
+    assert len(table.positive_term_places) <= len(table.terms)
+    for clip in table:
+        if is_whole:
+            _check(clip)
+        try:
+            taken += bool(len(reader.read(clip.audio_path, clip.start_s, clip.end_s)))
+        except AudioError:
+            continue  # refused by its reason, counted by the loader
+    return taken
+
+
 def targets(folder: Path) -> list[Target]:
     """All targets; they work in `folder`."""
     shop = Workshop(folder)
@@ -287,4 +319,5 @@ def targets(folder: Path) -> list[Target]:
         ),
         Target("object arrays", damaged(pickles), lambda content: len(strings_of_pickle(content))),
         damaged_folder(_old_shard(folder), folder / "scratch", lambda path: len(LegacyShards(path))),
+        damaged_folder(_packed(shop), folder / "scratch", read_packed),
     ]

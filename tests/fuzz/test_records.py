@@ -20,7 +20,7 @@ def all_targets(tmp_path_factory):
 
 NAMES = [
     *("records", "term_chunks", "chunk_rows", "nemo_manifest", "lhotse_cuts", "gigaspeech", "textgrids", "webdataset"),
-    *("word times", "glossary", "object arrays", "old_shards"),
+    *("word times", "glossary", "object arrays", "old_shards", "packed"),
 ]
 
 
