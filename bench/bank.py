@@ -18,6 +18,7 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     least_s = limits.least_seconds(operations=2 * 2.0 * num_clips * num_entries * dim)
     times, added = {}, {}
     for name, way in ways.items():
-        call = lambda way=way: way(audio_ME)  # noqa: E731
+        call = partial(way, audio_ME)
         call()
         added[name] = added_bytes(call, device)
         times[name] = seconds_of(call, device)

@@ -25,7 +25,8 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from losses.pairs import Pairs, pair_mask
 from losses.tiled import Match, contrast
 
 SIZE, DIM, CHECKED_SIZE, TINY = 32_768, 512, 2048, (256, 64)
+SMALL = (256, 1024, 2048, 4096, 8192)
 TEMPERATURE = 0.07
 MOST_ERROR = {torch.float32: (1e-5, 0.9999), torch.bfloat16: (1e-4, 0.9999)}  # of the loss; cosine of each gradient
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,8 +50,8 @@ def embeddings(size: int, dim: int, dtype: torch.dtype, device: torch.device) ->
     """Unit rows, unit columns that lean towards their rows, 1 / temperature; all need a gradient."""
     generator = torch.Generator(device).manual_seed(size)
     rows_RE, noise_RE = (torch.randn(size, dim, generator=generator, device=device) for _ in range(2))
-    both = (F.normalize(x, dim=1).to(dtype).requires_grad_() for x in (rows_RE, rows_RE * 0.5 + noise_RE))
-    return *both, torch.tensor(1 / TEMPERATURE, device=device, requires_grad=True)
+    rows, cols = (F.normalize(x, dim=1).to(dtype).requires_grad_() for x in (rows_RE, rows_RE * 0.5 + noise_RE))
+    return rows, cols, torch.tensor(1 / TEMPERATURE, device=device, requires_grad=True)
 
 
 def tiled(size: int, device: torch.device, triton: bool) -> Loss:
@@ -114,7 +116,8 @@ def with_gradients(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[T
 def check_parity(ours: Loss, theirs: Loss, size: int, dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """Errors, in words. Raises RuntimeError where ours is not the reference's loss (fp64, same rounded embeddings)."""
     inputs = embeddings(size, dim, dtype, device)
-    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    rows, cols, inv_t = (x.detach().double().requires_grad_() for x in inputs)
+    exact = (rows, cols, inv_t)
     found, expected = with_gradients(ours, inputs), with_gradients(theirs, exact)
     error = abs(float(found[0]) - float(expected[0])) / abs(float(expected[0]))
     cosines = [
@@ -169,7 +172,7 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
         allowed = torch.backends.cuda.matmul.allow_tf32
         for way, (loss, tf32) in {"ours": (fused, False), **ways}.items():
             torch.backends.cuda.matmul.allow_tf32 = tf32
-            call = lambda loss=loss, inputs=inputs: with_gradients(loss, inputs)  # noqa: E731
+            call = partial(with_gradients, loss, inputs)
             call()
             added[way] = added_bytes(call, device)
             times[way] = seconds_of(call, device)
@@ -194,7 +197,19 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
         found.check(f"{name}: memory beside {first}", share, 1 / 40, "at most")
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    found.notes.append(crossing([SMALL[0]] if size == TINY[0] else SMALL, dim, device, triton))
     return found
+
+
+def crossing(sizes: Sequence[int], dim: int, device: torch.device, triton: bool) -> str:
+    """Ours beside the reference of losses/infonce.py, fp32, where losses/choice.py has to choose: in words."""
+    parts = []
+    for size in sizes:
+        inputs = embeddings(size, dim, torch.float32, device)
+        ways = tiled(size, device, triton), reference(size, device)
+        ours_s, theirs_s = (seconds_of(partial(with_gradients, way, inputs), device) for way in ways)
+        parts.append(f"{size:,}: {ours_s * 1e3:.2f} and {theirs_s * 1e3:.2f}")
+    return "ms at small sizes, fp32, ours and losses/infonce.py: " + "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """(row, column) places, int64, in any order. A row of -1 is padding and stands for nothing."""
+    """(row, column) places, int64, in any order. A row of -1 is padding and stands for nothing
+    (where there is a row and a column at all)."""
 
     row_P: Tensor
     col_P: Tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losses.infonce import floor_of, weighted_sum
-from losses.pairs import Pairs, SortedKeys
+from losses.pairs import Pairs, SortedKeys, ship
 from losses.relations import Relations
 from losses.scores import ClipScorer, UnitRows
 from losses.sweep import LeftOut, hardest_of_bank
@@ -33,7 +33,7 @@ class TermBank:
         query, entry_Q = self._by_group.matches(relations.group_Q[mine])
         row_Q = relations.clip_Q[mine][query] - clips.start
         _, in_batch_J = self._by_key.matches(relations.term_keys_N)
-        left_out = LeftOut(Pairs(row_Q, entry_Q).to(device), in_batch_J.to(device, non_blocking=True))
+        left_out = LeftOut(Pairs(row_Q, entry_Q).to(device), ship(in_batch_J, device))
         return BankNegatives(self.embeddings_KE.detach(), left_out)
 
     @cached_property

@@ -114,12 +114,12 @@ def log_sum_exps(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor, match: Match) 
             inv_t.new_full((num_cols * match.is_symmetric,), -torch.inf),
             None,
         )
+    a, b = Operand.of(rows_RE), Operand.of(cols_CE)
     tiles = Tiles(
         reach_of(rows_RE, cols_CE, inv_t),
         None if match.ignored is None else TileIndex.of(match.ignored, num_rows, num_cols),
         None if match.positives is None else TileIndex.of(match.positives, num_rows, num_cols),
     )
-    a, b = Operand.of(rows_RE), Operand.of(cols_CE)
     across, down = triton.cdiv(num_cols, TILE), triton.cdiv(num_rows, TILE)
     row_part_SR = inv_t.new_full((across, num_rows), -torch.inf)
     col_part_SC = inv_t.new_full((down, num_cols) if match.is_symmetric else (1,), -torch.inf)
