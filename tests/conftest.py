@@ -1,9 +1,15 @@
 """Fixtures of all tests."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+# Triton decides when a kernel is defined: without a GPU, the kernels' tests run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
