@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from lora.joint import join_projections
 from lora.layers import LoraLinear
 from lora.settings import LoraSettings
 
@@ -18,7 +19,8 @@ def inject_lora(model: nn.Module, settings: LoraSettings, generator: torch.Gener
     """Replaces every nn.Linear whose full path matches one of `settings.lora_targets` by a LoraLinear around it.
 
     Returns the paths, sorted. The wrapped layers are frozen; whatever else the model holds stays as it is. `generator`
-    draws the initial weights (None: torch's own), in the order of the returned paths.
+    draws the initial weights (None: torch's own), in the order of the returned paths. Attention modules get a
+    `joint_projection` (lora/joint.py) where they offer the place.
     Raises ValueError for a pattern that matches no linear layer, naming close paths, and for a model that has adapters.
     """
     present = sorted(path for path, _ in lora_layers(model))
@@ -44,6 +46,8 @@ def inject_lora(model: nn.Module, settings: LoraSettings, generator: torch.Gener
             generator,
         )
         setattr(modules[parent_path], name, layer.train(modules[path].training))
+    if settings.lora_fused and settings.lora_joint:
+        join_projections(model)
     return sorted(targets)
 
 

@@ -20,6 +20,8 @@ class LoraSettings:
     """Linear layers to adapt: shell-style patterns (* ? [abc]) over full module paths; * also crosses dots."""
     lora_fused: bool = True
     """Compute base and adapter in one autograd node that keeps only what its backward pass needs."""
+    lora_joint: bool = True
+    """With lora_fused: the q, k and v projections of an attention module, adapters included, as one product with one dropout mask."""  # noqa: E501
 
     def __post_init__(self) -> None:
         if self.lora_r < 1:
