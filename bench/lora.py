@@ -122,7 +122,8 @@ def make_sides(
     """Ours and PEFT's with the same weights and adapters, with their layers; the frozen layers joined and apart."""
     torch.manual_seed(0)
     frozen = Layers(width, device)
-    peft_layers, lora_layers = [], []
+    peft_layers: list[PeftLinear] = []
+    lora_layers: list[LoraLinear] = []
     joint = Layers(width, device).train()
     joint.load_state_dict(frozen.state_dict())
     for name in NAMES:
@@ -133,8 +134,7 @@ def make_sides(
         nn.init.normal_(ours.lora_B)
         with torch.no_grad():
             for part in ("lora_A", "lora_B"):
-                weight = getattr(theirs, part)["default"].weight
-                weight.data = getattr(ours, part).detach().clone()
+                theirs.get_parameter(f"{part}.default.weight").data = getattr(ours, part).detach().clone()
         setattr(joint, name, ours)
         peft_layers.append(theirs.train())
         lora_layers.append(ours)
@@ -145,8 +145,9 @@ def make_sides(
 
     projection, plain = JointProjection(joint), Layers(width, device)
     bare = JointProjection(plain)
-    masters = [p for layer in lora_layers for p in (layer.lora_A, layer.lora_B)]
-    their_masters = [layer.get_submodule(part).default.weight for layer in peft_layers for part in ("lora_A", "lora_B")]
+    masters: list[nn.Parameter] = [p for layer in lora_layers for p in (layer.lora_A, layer.lora_B)]
+    names = [f"{part}.default.weight" for part in ("lora_A", "lora_B")]
+    their_masters: list[nn.Parameter] = [layer.get_parameter(name) for layer in peft_layers for name in names]
     return (
         (Side(lambda x_MI: (projection(x_MI),), masters), lora_layers),
         (Side(by_peft, their_masters), peft_layers),
