@@ -178,7 +178,7 @@ class _JointLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, low_PR, seed_1, *masters = ctx.saved_tensors
+        x, low_PR, seed_1, *_ = ctx.saved_tensors
         joined: Joined = ctx.joined
         needs_x, needs_masters = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         needs = (needs_x, any(needs_masters[::2]), any(needs_masters[1::2]))
@@ -206,7 +206,7 @@ def _can_join(adapters: list[LoraLinear], bases: list[nn.Linear], dtype: torch.d
     return len(alike) <= 1 and not any(layer.merged for layer in adapters)
 
 
-def _move(parameter: nn.Parameter, place: Tensor) -> None:
+def _move(parameter: Tensor, place: Tensor) -> None:
     place.copy_(parameter)
     parameter.data = place
 

@@ -43,7 +43,8 @@ def pack(
     if kernels:
         from lora import kernels as fused
 
-        return fused.pack(adapters, into, *adapters[0][0].shape, scaling)
+        r, num_in = adapters[0][0].shape
+        return fused.pack(adapters, into, r, num_in, scaling)
     for (lora_A, lora_B), (to_A, to_B) in zip(adapters, into, strict=True):
         to_A.copy_(lora_A)
         to_B.copy_(lora_B * scaling)
@@ -108,4 +109,4 @@ def finish(
 def _dropped(x_PI: Tensor, seed_1: Tensor, dropout: float) -> Tensor:
     if not dropout:
         return x_PI
-    return x_PI * keep_mask(seed_1, *x_PI.shape, dropout) * keep_scale(dropout)
+    return x_PI * keep_mask(seed_1, x_PI.shape[0], x_PI.shape[1], dropout) * keep_scale(dropout)

@@ -99,7 +99,7 @@ def test_plain_transformers_loads_the_merged_checkpoint(
         assert (theirs_BE - audio_BE).abs().max() < 1e-5
 
         again_BE, again_NE = embeddings(folder, fp32(pack))
-        assert (again_BE - audio_BE).abs().max() < 1e-6
+        assert (again_BE - audio_BE).abs().max() < 1e-5
         assert (again_NE - text_NE).abs().max() < 1e-6
         assert open_model(folder).fingerprint == opened.fingerprint
         shards = sorted(path.name for path in folder.glob("model*.safetensors"))
