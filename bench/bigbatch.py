@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.drawn import Drawn, as_batch, draw, on_device
 from bench.findings import Findings, run_alone
 from bench.limits import Limits, bench_device, synchronize
-from bench.ours import Shapes, Training, batches, build, cap_memory, peak_gib, release
+from bench.ours import Shapes, Training, batches, build, cap_memory, peak_gib
 from bin.feed import FedBatch
 from bin.step import Encoded
 
@@ -58,7 +58,7 @@ def check_gradient(training: Training, fed: FedBatch, clips_per_pass: int) -> fl
     """Cosine between the gradients in two passes and in one over the same chunks. RuntimeError where it is too low."""
     found = []
     for num_kept in (fed.batch.num_clips, 1):
-        training.optimizer.zero_grad(set_to_none=True)
+        training.zero()
         torch.manual_seed(0)
         training.backward(fed, clips_per_pass, num_kept)
         found.append(gradient(training))
@@ -85,13 +85,13 @@ def largest_in_one_pass(training: Training, shapes: Shapes, sizes: Sequence[int]
     for num_clips in sizes:
         try:
             fed = batches(shapes, training.device, num_clips, 1)[0]
-            release(training)
+            training.release()
             if training.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             time_step(training, fed, count=2)
             return num_clips, time_step(training, fed, count=5), peak_gib(training.device)
         except torch.OutOfMemoryError:
-            release(training)
+            training.release()
     raise RuntimeError(f"not even {sizes[-1]} clips fit in {CAP_GIB} GiB")
 
 
@@ -100,7 +100,7 @@ def loss_gib(training: Training, fed: FedBatch) -> float:
     device, width = training.device, training.model.audio_head.out_features
     if device.type != "cuda":
         return 0.0
-    release(training)
+    training.release()
     counts = (fed.batch.num_clips, fed.batch.num_texts, fed.batch.num_terms)
     audio_BE, text_TE, term_LE = (
         F.normalize(torch.randn(n, width, device=device), dim=1).requires_grad_() for n in counts
@@ -110,7 +110,7 @@ def loss_gib(training: Training, fed: FedBatch) -> float:
     training.share(fed, Encoded(audio_BE, text_TE, term_LE, None)).backward()
     taken = (torch.cuda.max_memory_allocated() - before) / 2**30
     del audio_BE, text_TE, term_LE
-    release(training)
+    training.release()
     return taken
 
 
@@ -124,7 +124,7 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     training = Training(build(shapes, device))
     cosine = check_gradient(training, batches(shapes, device, 8 if tiny else 48, 1)[0], 3 if tiny else 16)
     found.check("gradient in two passes, cosine to one pass", cosine, LEAST_COSINE)
-    release(training)
+    training.release()
     base_gib = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else 0.0
 
     clips, one_pass_s, peak = largest_in_one_pass(training, shapes, (4, 2) if tiny else ONE_PASS_CLIPS)
@@ -149,7 +149,7 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     found.check("peak GiB", peak, CAP_GIB, "at most")
 
     del fed
-    release(training)
+    training.release()
     some = many_clips(chunk * 4, shapes, device) if chunk * 4 <= NUM_DRAWN else many_clips(NUM_DRAWN, shapes, device)
     for name, num_kept in (("two passes", 1), ("naive two passes", 0)):
         seconds = time_step(training, some, chunk, num_kept, count=2)
