@@ -22,7 +22,7 @@ from bench.random_checkpoint import make_config
 from bin.feed import FedBatch
 from bin.optimizer import parameter_groups
 from bin.step import Encoded, encode_in_passes, loss_share
-from distributed.gradsync import clip_gradients, sync_gradients
+from bin.update import make_update
 from distributed.processes import World
 from lora.inject import inject_lora
 from lora.settings import LoraSettings
@@ -30,12 +30,15 @@ from losses.settings import LossSettings
 from losses.temperature import Temperature
 from model.audio_tower import AudioConfig
 from model.build import Built, build_model
+from model.graphs import TowerGraphs, add_graphs
 from model.settings import ModelSettings
 from model.text_tower import TextConfig
 
 OBJECTIVE = LossSettings(enable_hard_neg=False)
-LEARNING_RATE = 1e-4
+LEARNING_RATE, ADAM_BETA2 = 1e-4, 0.999
 TINY_VOCABULARY = 400
+MOST_TURNS = 4
+"""Over the batches, before steps are timed: a larger class may drop graphs that then are captured once more."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,14 @@ def build(shapes: Shapes, device: torch.device, lora: LoraSettings | None = None
 
 
 class Training:
-    """One process's loop without data, logs and checkpoints."""
+    """One process's loop without data, logs and checkpoints.
 
-    def __init__(self, built: Built, objective: LossSettings = OBJECTIVE) -> None:
+    flat and cuda_graphs: as the settings flat_optimizer and cuda_graphs of a run.
+    """
+
+    def __init__(
+        self, built: Built, objective: LossSettings = OBJECTIVE, flat: bool = True, cuda_graphs: str = "auto"
+    ) -> None:
         self.built, self.model, self.objective = built, built.model, objective
         self.device = built.model.device
         self.world = World(0, 1, 0, self.device, "none", 0)
@@ -107,10 +115,18 @@ class Training:
         self.named = [(name, param) for name, param in built.model.named_parameters() if param.requires_grad]
         self.params = [param for _, param in self.named]
         groups = parameter_groups(self.named, built.sources, 0.01, 1.0)
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+        self.update = make_update(groups, self.named, LEARNING_RATE, ADAM_BETA2, flat)
+        self._flat, self._cuda_graphs, self._num_steps = flat, cuda_graphs, 0
+        self.graphs = self._make_graphs()
+
+    def _make_graphs(self) -> TowerGraphs | None:
+        return add_graphs(self.model, self._cuda_graphs, keeps_gradients=self._flat)
+
+    def zero(self) -> None:
+        self.update.zero()
 
     def backward(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
-        """Loss and gradients of a batch; the loss detached, on the device."""
+        """Loss and gradients of a batch, added to those that are there; the loss detached, on the device."""
         passes = encode_in_passes(self.model, fed, clips_per_pass, num_kept)
         share = self.share(fed, passes.encoded)
         share.backward()
@@ -122,13 +138,26 @@ class Training:
         return loss_share(self.model, self.temperature, fed, self.objective, self.world, None, None, encoded)[0]
 
     def step(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
-        """One step; nothing here waits for the device."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """One step; nothing here waits for the device but for what came of the step before, as in a run."""
+        self.update.zero()
         loss = self.backward(fed, clips_per_pass, num_kept)
-        sync_gradients(self.params)
-        clip_gradients(self.params, 1.0)
-        self.optimizer.step()
+        if self.graphs is not None:
+            self.graphs.start()
+        self.update.apply(self._num_steps, {"loss": loss}, False, 1.0)
+        self.update.outcomes(now=False)
+        self._num_steps += 1
         return loss
+
+    def release(self) -> None:
+        """Give back what the last batches took, CUDA graphs included, so that the next size starts even."""
+        self.update.zero()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.model.graphs = self.graphs = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.graphs = self._make_graphs()
 
 
 @dataclass(frozen=True)
@@ -144,6 +173,9 @@ class Timed:
     peak_gib: float | None
     audio_tokens: float  # a step
     text_tokens: float
+    captures: int  # CUDA graphs, a forward and a backward one each; all before the first timed step
+    capture_s: float
+    waste: float  # tokens that packs are filled up with, as a share of own ones
 
     @property
     def clips_per_s(self) -> float:
@@ -157,13 +189,37 @@ def batches(shapes: Shapes, device: torch.device, num_clips: int, count: int, se
     return [on_device(as_batch(one, i, shapes.vocabulary), device) for i, one in enumerate(drawn)]
 
 
+def warm_up(training: Training, fed: list[FedBatch]) -> float:
+    """Steps over the batches in turn, each at least once, until a whole turn needs no capture. Seconds of the first."""
+    first_seconds = 0.0
+    for turn in range(MOST_TURNS):
+        before = num_captures(training)
+        for i, one in enumerate(fed):
+            started = time.perf_counter()
+            training.step(one)
+            if turn == i == 0:
+                synchronize(training.device)
+                first_seconds = time.perf_counter() - started
+        # The very first step is eager, so that a class is sure to have been captured after the second turn only.
+        if training.graphs is None or (turn > 0 and num_captures(training) == before):
+            break
+    return first_seconds
+
+
+def num_captures(training: Training) -> int:
+    return 0 if training.graphs is None else training.graphs.num_captures
+
+
 def time_steps(training: Training, fed: list[FedBatch], steps: int = 20, in_a_row: int = 8) -> Timed:
-    """Time steps over the batches in turn, after one over each of them that is not counted."""
-    device, warmup = training.device, len(fed)
+    """Time steps over the batches in turn, once all of them have been seen. RuntimeError if a graph is captured
+    meanwhile."""
+    device = training.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    first_seconds = warm_up(training, fed)
+    captures = num_captures(training)
     times: list[float] = []
-    for i in range(warmup + steps):
+    for i in range(steps):
         synchronize(device)
         started = time.perf_counter()
         training.step(fed[i % len(fed)])
@@ -174,16 +230,21 @@ def time_steps(training: Training, fed: list[FedBatch], steps: int = 20, in_a_ro
         training.step(fed[i % len(fed)])
     synchronize(device)
     seconds_in_a_row = (time.perf_counter() - started) / in_a_row
-    tokens = [count_tokens(one) for one in fed]
+    if num_captures(training) != captures:
+        raise RuntimeError(f"{num_captures(training) - captures} CUDA graphs were captured while steps were timed")
+    tokens, graphs = [count_tokens(one) for one in fed], training.graphs
     return Timed(
         clips=fed[0].batch.num_clips,
         steps=steps,
-        seconds=sorted(times[warmup:])[steps // 2],
+        seconds=sorted(times)[steps // 2],
         seconds_in_a_row=seconds_in_a_row,
-        first_seconds=times[0],
+        first_seconds=first_seconds,
         peak_gib=peak_gib(device),
         audio_tokens=sum(audio for audio, _ in tokens) / len(tokens),
         text_tokens=sum(text for _, text in tokens) / len(tokens),
+        captures=captures,
+        capture_s=0.0 if graphs is None else graphs.capture_s,
+        waste=0.0 if graphs is None else graphs.waste,
     )
 
 
@@ -191,14 +252,6 @@ def count_tokens(fed: FedBatch) -> tuple[int, int]:
     """(audio tokens, text tokens) that the towers' layers work on."""
     frames = [-(-samples // 160) for samples in fed.batch.num_samples]
     return sum((one - 1) // 2 + 1 for one in frames), sum(fed.batch.token_lengths)
-
-
-def release(training: Training) -> None:
-    """Give back what the last batch took, so that the next size starts even."""
-    training.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    if training.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def cap_memory(gib: float, device: torch.device) -> None:

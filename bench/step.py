@@ -1,6 +1,7 @@
 """The training step: ours beside the stock and the tuned recipe, on the same clips, at the published 7B's shapes.
 
     python bench/step.py [--tiny] [--json FILE]
+    python bench/step.py --ours [--clips 16 256] [--cuda_graphs off]       our side alone
 
 Ours is what bin/train.py does a step: log-mel, both towers with adapters and their dropout, both losses, backward,
 clipping, AdamW. Peers: bench/peers.py, whose features are made before the clock starts. Every side runs in a process of
@@ -17,17 +18,20 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
+import argparse
 import json
+import math
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from bench.findings import Cell, Findings, run_alone
+from bench.findings import Cell, Findings, number, run_alone
 from bench.limits import Limits, bench_device, synchronize
-from bench.ours import Shapes, Training, batches, build, release, time_steps
+from bench.ours import Shapes, Training, batches, build, time_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES, TINY_SIZES = (16, 64, 128, 256, 384, 512), (2, 4)
@@ -38,29 +42,14 @@ PEER_BUDGET_S = 12.0
 SIDE_LIMIT_S = 120.0
 
 
-class CaptureCount:
-    """Counts CUDA graph captures in this process, whoever makes them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        begin = torch.cuda.CUDAGraph.capture_begin
-
-        def counted(graph: torch.cuda.CUDAGraph, *args: Any, **options: Any) -> None:
-            self.count += 1
-            begin(graph, *args, **options)
-
-        torch.cuda.CUDAGraph.capture_begin = counted  # type: ignore[method-assign, assignment]
-
-
-def time_ours(tiny: bool, started: float) -> None:
+def time_ours(tiny: bool, started: float, sizes: Sequence[int], cuda_graphs: str = "auto") -> None:
     """One JSON line for the build and one for each batch size. `started`: when the process was asked for."""
-    captures, device, shapes = CaptureCount(), bench_device(), Shapes.of(tiny)
+    device, shapes = bench_device(), Shapes.of(tiny)
     torch.manual_seed(0)
-    built = build(shapes, device)
-    training = Training(built)
+    training = Training(build(shapes, device), cuda_graphs=cuda_graphs)
     synchronize(device)
     print(json.dumps({"built_after_s": time.time() - started}), flush=True)
-    for i, num_clips in enumerate(TINY_SIZES if tiny else SIZES):
+    for i, num_clips in enumerate(sizes):
         found: dict[str, Any] = {"clips": num_clips}
         try:
             fed = batches(shapes, device, num_clips, 2 if tiny else NUM_BATCHES)
@@ -68,15 +57,12 @@ def time_ours(tiny: bool, started: float) -> None:
                 training.step(fed[0])
                 synchronize(device)
                 print(json.dumps({"first_step_after_s": time.time() - started}), flush=True)
-            before = captures.count
             found |= asdict(time_steps(training, fed, 3 if tiny else 20))
-            found["captures"] = captures.count - before
         except torch.OutOfMemoryError:
             found["out_of_memory"] = True
         print(json.dumps(found), flush=True)
         fed = []
-        release(training)
-    print(json.dumps({"captures": captures.count}), flush=True)
+        training.release()
 
 
 def run_side(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], str | None]:
@@ -100,10 +86,16 @@ def run_side(command: list[str], limit_s: float) -> tuple[list[dict[str, Any]], 
 
 def measure(limits: Limits, tiny: bool = False) -> Findings:
     """The training step beside its peers."""
+    return measure_sides(limits, tiny, TINY_SIZES if tiny else SIZES)
+
+
+def measure_sides(
+    limits: Limits, tiny: bool, sizes: Sequence[int], with_peers: bool = True, cuda_graphs: str = "auto"
+) -> Findings:
     shapes, found = Shapes.of(tiny), Findings("training step, LoRA r 16 on q, k, v of both towers, one GPU")
     more = ["--tiny"] if tiny else []
     peers: list[dict[str, Any]] = []
-    for kind, settings in PEER_SETTINGS.items():
+    for kind, settings in PEER_SETTINGS.items() if with_peers else ():
         if tiny:
             settings = ["2"]
         command = ["bench/peers.py", kind, *settings, "--budget_s", str(1 if tiny else PEER_BUDGET_S), *more]
@@ -113,7 +105,8 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
         if failure is not None:
             found.notes.append(f"{kind} ended early: {failure}")
         peers += [line for line in lines if "clips" in line]
-    lines, failure = run_side(["bench/step.py", "--side", str(time.time()), *more], 2 * SIDE_LIMIT_S)
+    command = ["bench/step.py", "--side", str(time.time()), "--clips", *map(str, sizes), "--cuda_graphs", cuda_graphs]
+    lines, failure = run_side([*command, *more], 2 * SIDE_LIMIT_S)
     if failure is not None:
         found.notes.append(f"ours ended early: {failure}")
     facts: dict[str, Any] = {}
@@ -123,7 +116,11 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     compare(found, shapes, limits, ours, peers)
     first_s = facts.get("first_step_after_s")
     found.check("seconds from the start to the end of the first step", first_s, 90, "at most")
-    found.notes.append(f"built after {facts.get('built_after_s')} s; {facts.get('captures')} CUDA graphs captured")
+    captures, seconds = (sum(line.get(key, 0) for line in ours) for key in ("captures", "capture_s"))
+    found.notes.append(
+        f"built after {number(facts.get('built_after_s', math.nan))} s; CUDA graphs of {captures} size classes "
+        f"captured in {seconds:.1f} s, before the timed steps"
+    )
     return found
 
 
@@ -162,6 +159,7 @@ def compare(
             "x tuned": _ratio(clips_per_s, rate.get(("tuned", line["clips"]))),
             "x tuned's best": _ratio(clips_per_s, tuned_best),
             "TFLOP/s": flops / 1e12, "of the matrix rate": f"{share:.0%}", "graphs": line["captures"],
+            "s of captures": line["capture_s"], "filled up": f"{line['waste']:.1%}",
         }  # fmt: skip
         found.rows.append(row)
     small = next((line["clips"] / line["seconds"] for line in ours if "seconds" in line), None)
@@ -175,8 +173,19 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
     return None if ours is None or theirs is None else ours / theirs
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The training step beside its peers.", add_help=False)
+    parser.add_argument("--ours", action="store_true", help="our side alone")
+    parser.add_argument("--clips", type=int, nargs="+", help="clips a step of our side")
+    parser.add_argument("--cuda_graphs", choices=("auto", "on", "off"), default="auto")
+    parser.add_argument("--side", type=float, help="internal: be the process of our side, asked for at this time")
+    args, rest = parser.parse_known_args(argv)
+    sizes = args.clips or (TINY_SIZES if "--tiny" in rest else SIZES)
+    if args.side is not None:
+        time_ours("--tiny" in rest, args.side, sizes, args.cuda_graphs)
+        return 0
+    return run_alone(lambda limits, tiny: measure_sides(limits, tiny, sizes, not args.ours, args.cuda_graphs), rest)
+
+
 if __name__ == "__main__":
-    if "--side" in sys.argv:
-        time_ours("--tiny" in sys.argv, float(sys.argv[sys.argv.index("--side") + 1]))
-        sys.exit(0)
-    sys.exit(run_alone(measure))
+    sys.exit(main())

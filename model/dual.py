@@ -108,7 +108,7 @@ class DualEncoder(nn.Module):
 
         `layout` may be given where the caller has it: then nothing here works on the host.
         """
-        if self.graphs is not None and layout is None and self._is_learning:
+        if self.graphs is not None and layout is None and self.training:
             return self.graphs.encode_audio(pack)
         x_QD, pooled = self._audio_frames(pack, layout)
         return self._embed(x_QD, pooled, self.audio_head)
@@ -148,7 +148,7 @@ class DualEncoder(nn.Module):
         """Return text_NE, fp32 (fp64 for an fp64 model), L2-normed. ValueError for an empty or too long string."""
         if "language_model" not in self._modules:
             raise ValueError("encode_text: this model was opened audio-only; open it whole to encode terms")
-        if self.graphs is not None and self._is_learning:
+        if self.graphs is not None and self.training:
             return self.graphs.encode_text(pack)
         pack = pack.to(self.device, non_blocking=True)
         return self.embed_ids(pack, SequenceLayout.build(pack.lengths, self.device))
@@ -158,10 +158,6 @@ class DualEncoder(nn.Module):
         with self._autocast():
             x_PD = self.language_model(pack, layout)
         return self._embed(x_PD, layout, self.text_head)
-
-    @property
-    def _is_learning(self) -> bool:
-        return self.training and torch.is_grad_enabled()
 
     def mel(self, pack: AudioPack, layout: AudioLayout) -> Tensor:
         """mel_TM of a pack on the device, augmented in training. No gradient."""

@@ -111,10 +111,10 @@ class _Ticket:
 
 
 class TowerGraphs:
-    """Stands in for the training passes of a model's `encode_audio` and `encode_text`.
+    """Stands in for `encode_audio` and `encode_text` of a model in training mode.
 
-    Packs are filled up to size classes from the first on, so that numbers drawn for dropout do not depend on when a
-    class is captured. captures: without, everything runs eagerly (on a CPU, or for comparison).
+    Packs are filled up to size classes from the first on, without gradient too, so that numbers drawn for dropout depend
+    neither on when a class is captured nor on which of two passes it is (distributed/bigbatch.py). captures: without, everything runs eagerly (on a CPU, or for comparison).
     """
 
     def __init__(self, model: DualEncoder, captures: bool = True, most: int = MAX_CAPTURES) -> None:
@@ -182,11 +182,13 @@ class TowerGraphs:
     def _encode(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor, lengths: Sequence[int]) -> Tensor:
         self._num_tokens += sum(lengths)
         self._num_dummies += size.num_tokens - sum(lengths)
-        capture = side.captures.get(size)
-        if capture is None and self._captures and self._is_started and not side.is_busy():
+        capture, learns = side.captures.get(size), torch.is_grad_enabled()
+        if capture is None and learns and self._captures and self._is_started and not side.is_busy():
             capture = self._try_capture(side, size, tables, payload)
         if capture is None or side.is_busy():
             return side.run(size, tables, payload, lengths)[: len(lengths)]
+        if not learns:  # the first of two passes: what it leaves in the memory pool is for nobody
+            return capture.replay_forward(tables.flat, payload, len(lengths))
         return _Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
 
     def _try_capture(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor) -> "_Capture | None":
@@ -258,18 +260,21 @@ class _Capture:
         # What the forward graph keeps for the backward graph is let go here, so that the next capture writes over it.
         del out_NE
 
+    def replay_forward(self, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
+        self.flat.copy_(flat)
+        self.payload.copy_(payload)
+        self.forward.replay()
+        return self.out_NE[:num_rows].clone()
+
 
 class _Replay(torch.autograd.Function):
     """The gradient of `anchor` is none: the backward graph itself adds to the parameters' gradients."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, capture: _Capture, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
-        capture.flat.copy_(flat)
-        capture.payload.copy_(payload)
-        capture.forward.replay()
         ctx.capture, ctx.num_rows, ctx.ticket = capture, num_rows, _Ticket()
         capture.side.in_use = weakref.ref(ctx.ticket)
-        return capture.out_NE[:num_rows].clone()
+        return capture.replay_forward(flat, payload, num_rows)
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ def test_a_whole_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bigbatch, "NUM_DRAWN", 8)
     found = measure(Limits("some chip", "2", 1e12, 1e11), tiny=True)
     assert [(row["step"], row["clips"], row["a pass"]) for row in found.rows] == [
-        ("one pass", 4, 4), ("two passes", 16, 4), ("two passes", 8, 4), ("naive two passes", 8, 4)
+        ("one pass", 4, 4), ("two passes", 8, 4), ("naive two passes", 8, 4), ("two passes", 16, 4)
     ]  # fmt: skip
     assert found.checks[0].is_met
     assert found.checks[0].value > 0.9999999

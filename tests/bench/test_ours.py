@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from bench.ours import Shapes, Training, batches, build, count_tokens, time_steps, without_dropout
+from bench.ours import Shapes, Training, batches, build, count_tokens, time_steps, warm_up, without_dropout
 
 CPU = torch.device("cpu")
 
@@ -35,11 +36,36 @@ def test_steps_are_timed_and_train() -> None:
     training = Training(build(shapes, CPU, without_dropout()))
     fed = batches(shapes, CPU, 3, 2)
     before = float(training.backward(fed[0]))
+    training.zero()
     timed = time_steps(training, fed, steps=3, in_a_row=2)
     assert float(training.backward(fed[0])) < before
     assert (timed.clips, timed.steps, timed.peak_gib) == (3, 3, None)
+    assert (timed.captures, timed.capture_s, timed.waste) == (0, 0.0, 0.0)  # a CPU has no graphs
     assert timed.seconds > 0
     assert timed.seconds_in_a_row > 0
     audio, text = count_tokens(fed[0])
     assert audio == training.model.audio_tower.layout(fed[0].batch.num_samples, CPU).tokens.place_P.numel()
     assert text == len(fed[0].batch.token_ids_P)
+
+
+class Graphs:
+    """Captures as many as it is told to, a number a step."""
+
+    def __init__(self, wanted: list[int]) -> None:
+        self.wanted, self.num_captures, self.capture_s, self.waste = wanted, 0, 0.0, 0.0
+
+    def start(self) -> None:
+        self.num_captures += self.wanted.pop(0) if self.wanted else 0
+
+
+def test_captures_are_waited_for() -> None:
+    shapes = Shapes.of(tiny=True)
+    training = Training(build(shapes, CPU, without_dropout()))
+    fed = batches(shapes, CPU, 2, 2)
+    for wanted, num_steps in (([0, 2, 1, 0], 6), ([], 4), ([1] * 99, 8)):
+        training.graphs = Graphs(wanted)
+        training._num_steps = 0
+        warm_up(training, fed)
+        assert training._num_steps == num_steps
+    with pytest.raises(RuntimeError, match="captured while steps were timed"):
+        time_steps(training, fed, steps=1, in_a_row=1)

@@ -2,13 +2,12 @@ import json
 import time
 
 import pytest
-import torch
 
 from bench import step
 from bench.findings import Findings
 from bench.limits import Limits
 from bench.ours import Shapes
-from bench.step import compare, run_side, time_ours
+from bench.step import compare, run_side
 
 LIMITS = Limits("some chip", "2", matrix_flops=1e13, copy_bytes=1e12)
 
@@ -16,7 +15,7 @@ LIMITS = Limits("some chip", "2", matrix_flops=1e13, copy_bytes=1e12)
 def line(clips: int, seconds: float) -> dict[str, float]:
     tokens = {"audio_tokens": 80.0 * clips, "text_tokens": 10.0 * clips}
     return {"clips": clips, "seconds": seconds, "seconds_in_a_row": seconds, "steps": 20, "peak_gib": 1.0,
-            "captures": 0, **tokens}  # fmt: skip
+            "captures": 0, "capture_s": 0.0, "waste": 0.01, **tokens}  # fmt: skip
 
 
 def test_ratios_are_to_the_same_batch_and_to_tuneds_best() -> None:
@@ -43,12 +42,10 @@ def test_no_peer_no_ratio() -> None:
     assert not any(check.is_met for check in found.checks if "times" in check.name)
 
 
-def test_our_side_prints_a_line_a_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", torch.cuda.CUDAGraph.capture_begin)  # put back after
-    monkeypatch.setattr(step, "TINY_SIZES", (2,))
-    time_ours(tiny=True, started=time.time())
+def test_our_side_prints_a_line_a_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step.main(["--side", str(time.time()), "--clips", "2", "--tiny"]) == 0
     lines = [json.loads(one) for one in capsys.readouterr().out.splitlines()]
-    assert [next(iter(one)) for one in lines] == ["built_after_s", "first_step_after_s", "clips", "captures"]
+    assert [next(iter(one)) for one in lines] == ["built_after_s", "first_step_after_s", "clips"]
     assert lines[2]["seconds"] > 0
     assert lines[1]["first_step_after_s"] >= lines[0]["built_after_s"] > 0
 

@@ -92,7 +92,7 @@ def test_errors_are_those_of_unpadded_packs(write_qwen2_audio, make_pack) -> Non
         model.encode_audio(AudioPack(torch.zeros(480_001, dtype=torch.int16), [480_001]))
 
 
-def test_evaluation_and_passes_without_gradient_know_nothing_of_classes(write_qwen2_audio, make_text) -> None:
+def test_evaluation_knows_nothing_of_classes(write_qwen2_audio, make_text) -> None:
     model = build_model(ModelSettings(model_name=str(write_qwen2_audio("v4"))), "cpu", torch.float64).model.train()
     text = make_text([3, 4])
     model.graphs = TowerGraphs(model, captures=False)
@@ -100,10 +100,22 @@ def test_evaluation_and_passes_without_gradient_know_nothing_of_classes(write_qw
     model.graphs.encode_text = asked.append  # type: ignore[method-assign,assignment]
     model.encode_text(text)
     assert asked == [text]
-    with torch.no_grad():
-        model.encode_text(text)
     model.eval().encode_text(text)
     assert asked == [text]
+
+
+def test_a_pass_without_gradient_sees_the_dropout_of_one_with_it(write_qwen2_audio, make_pack, make_text) -> None:
+    settings = ModelSettings(model_name=str(write_qwen2_audio("v4")), tower_dropout=0.3)
+    model = build_model(settings, "cpu", torch.float64).model.train()
+    inject_lora(model, LoraSettings(lora_r=2, lora_dropout=0.2, lora_joint=False))
+    audio, text = make_pack([0.3, 0.25]), make_text([5, 1])
+    model.graphs = TowerGraphs(model, captures=False)
+    found = []
+    for learns in (True, False):
+        torch.manual_seed(5)
+        with torch.set_grad_enabled(learns):
+            found.append((model.encode_audio(audio), model.encode_text(text)))
+    assert all(map(torch.equal, *found))
 
 
 def test_what_keeps_graphs_away_is_said(write_qwen2_audio) -> None:
