@@ -4,6 +4,7 @@
 
 Each part is the `measure` of a module of bench/ and runs in a process of its own, with a time limit, one after the
 other: a part that fails or hangs is reported, and the others go on. The device's limits are measured once, before them.
+With --parts the other parts of an earlier report of this device and torch stay; each part says when it was measured.
 Writes DIR/<device>.json and, where matplotlib is installed, DIR/<device>.png (DIR: bench/results). Exit code 1 when a
 part failed; targets that are missed are printed, and no failure.
 """
@@ -79,6 +80,16 @@ def child(name: str, given: Path, out: Path, tiny: bool) -> int:
     return 0
 
 
+def earlier_parts(path: Path, limits: Limits, measured_now: Sequence[str]) -> dict[str, Any]:
+    """Parts of an earlier report that are not measured now: of the same device and torch, else none."""
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    if any(report["limits"][key] != getattr(limits, key) for key in ("device", "torch")):
+        return {}
+    return {name: part for name, part in report["parts"].items() if name not in measured_now}
+
+
 def summary(parts: dict[str, dict[str, Any]]) -> str:
     """One table: every target of every part."""
     rows = []
@@ -147,12 +158,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"limits": limits.to_json(), "environment": measured["environment"], "parts": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     name_of_device = re.sub(r"[^A-Za-z0-9]+", "-", limits.device).strip("-")
+    report["parts"] = earlier_parts(args.out / f"{name_of_device}.json", limits, args.parts)
     for name in args.parts:
         left_s = WHOLE_S - (time.perf_counter() - started)
         part: dict[str, Any] = {"error": "no time was left"}
         if left_s > 5:
             part = run_part(name, args.tiny, limits, min(PARTS[name], left_s))
-        report["parts"][name] = part
+        report["parts"][name] = {"measured": time.strftime("%Y-%m-%d %H:%M"), **part}
         text = f"FAILED: {part['error']}" if "error" in part else Findings.from_json(part).text()
         print(f"\n== {name}, {part.get('seconds', 0):.0f} s\n{text}", flush=True)
         report["seconds"] = time.perf_counter() - started

@@ -42,7 +42,7 @@ from data.drops import DropLog
 from data.reader import AudioReader
 from data.records import find_file, iterate_records
 from data.settings import DataSettings
-from model.attention import resolve_backend
+from model.attention import SHORT, resolve_backend
 
 State = Literal["ok", "warn", "fail"]
 NUM_SAMPLED = 20  # records of each sample file whose audio is read
@@ -124,7 +124,8 @@ def check_kernels() -> Iterator[Finding]:
             yield Finding(name, "warn" if is_wanted else "ok", found, why if is_wanted else "")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    yield ok("attention", resolve_backend("auto", device, dtype))
+    short, long = (resolve_backend("auto", device, dtype, is_short=is_short) for is_short in (True, False))
+    yield ok("attention", short if short == long else f"{short} up to {SHORT} tokens, {long} beyond")
 
 
 def check_trackers(config: Config) -> Iterator[Finding]:

@@ -53,3 +53,19 @@ def test_a_part_runs_in_a_process_of_its_own() -> None:
     assert "No module named 'bench.no_such_part'" in failed["error"]
     hung = every.run_part("limits", True, None, 0.01)
     assert hung["error"].startswith("stopped after 0 s")
+
+
+def test_parts_measured_now_join_an_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = dict(LIMITS)
+
+    def run_part(name: str, tiny: bool, limits: Limits | None, limit_s: float) -> dict[str, object]:
+        return device | {"environment": {}} if name == "limits" else found(1.0)
+
+    monkeypatch.setattr(every, "run_part", run_part)
+    for parts in (["step"], ["tower"]):
+        assert every.main(["--parts", *parts, "--out", str(tmp_path)]) == 0
+    path = tmp_path / "Some-Chip-80GB.json"
+    assert list(json.loads(path.read_text())["parts"]) == ["step", "tower"]
+    device["torch"] = "3"  # figures of another torch say nothing beside these
+    assert every.main(["--parts", "loss", "--out", str(tmp_path)]) == 0
+    assert list(json.loads(path.read_text())["parts"]) == ["loss"]
