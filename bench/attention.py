@@ -5,7 +5,8 @@
 Every backend is given the joined projection and gives its gradient, so that splitting, rotary positions, copies and
 padding count where a backend needs them. The shapes are the two towers' of Qwen2-Audio-7B: strings of a few tokens (32
 heads of 128, causal, rotary) and clips of up to 4 s (20 heads of 64), drawn as users have them; then clips of 4 s and
-of 30 s. A call is captured in a CUDA graph and replayed, so that the host's launches do not count.
+of 30 s. CALLS calls are captured in a CUDA graph and replayed, so that the host's launches do not count. Rows are
+printed as they come; after BUDGET_S seconds no further pack is begun.
 
   tile     model/tile_attention.py
   varlen   torch.nn.attention.varlen
@@ -27,6 +28,7 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
 
 import importlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -34,7 +36,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.findings import Findings, run_alone
+from bench.findings import Cell, Findings, run_alone
 from bench.limits import Limits, bench_device, seconds_of, synchronize
 from model import attention
 from model.attention import Heads, packed_attention
@@ -44,6 +46,8 @@ from model.rotary import Rotary
 PARITY = 3e-2  # of the largest element, bf16
 TEXT, AUDIO = Heads(32, 32, 128), Heads(20, 20, 64)
 TOKENS_A_SECOND = 50
+CALLS = 10  # in one graph: a kernel of a few microseconds is shorter than a graph's launch
+BUDGET_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def packs(tiny: bool = False) -> list[Pack]:
         heads = Heads(2, 2, 16)
         return [Pack("text tiny", heads, [3, 2, 5], True), Pack("audio tiny", heads, [9, 20], False)]
     found = []
-    for num_clips in (16, 64, 256):
+    for num_clips in (256, 16, 64):
         clips, strings = drawn(num_clips)
         found.append(Pack(f"text {num_clips}", TEXT, strings, True))
         found.append(Pack(f"audio {num_clips}", AUDIO, clips, False))
@@ -93,30 +97,34 @@ def packs(tiny: bool = False) -> list[Pack]:
     ]
 
 
-def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call as one CUDA graph; itself on the CPU."""
+def seconds_a_call(call: Callable[[], object], device: torch.device) -> float:
+    """Device seconds of a call, CALLS of them captured in one CUDA graph; on the CPU the host's seconds."""
     if device.type != "cuda":
-        return call
+        return seconds_of(call, device)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
     synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(CALLS):
+            call()
+    return seconds_of(graph.replay, device, count=7, warmup=2) / CALLS
 
 
 def timed(attend: Callable[[Tensor], Tensor], qkv_PJ: Tensor, device: torch.device) -> tuple[float, float]:
     """Microseconds of the forward pass, and of the backward pass: both together less the first."""
-    dout_PV = torch.randn_like(attend(qkv_PJ))
+    dout_PV = torch.randn_like(attend(qkv_PJ.detach()))
 
     def both() -> object:
-        return torch.autograd.grad(attend(qkv_PJ), qkv_PJ, dout_PV)
+        # A leaf of its own: one whose gradient node an earlier graph keeps alive is tied to that graph's stream.
+        leaf_PJ = qkv_PJ.detach().requires_grad_()
+        return torch.autograd.grad(attend(leaf_PJ), leaf_PJ, dout_PV)
 
-    forward_s = seconds_of(graphed(lambda: attend(qkv_PJ), device), device)
-    return forward_s * 1e6, (seconds_of(graphed(both, device), device) - forward_s) * 1e6
+    forward_s = seconds_a_call(lambda: attend(qkv_PJ.detach()), device)
+    return forward_s * 1e6, (seconds_a_call(both, device) - forward_s) * 1e6
 
 
 def distance(ours: Tensor, exact: Tensor) -> float:
@@ -160,6 +168,13 @@ def cute_function() -> Callable[..., Tensor] | None:
     return attend
 
 
+def show(row: dict[str, Cell]) -> None:
+    """One row at once: a run that is cut off has told what it knows."""
+    print(
+        "  ".join(str(v) if isinstance(v, str) else f"{k} {v:.4g}" for k, v in row.items() if v is not None), flush=True
+    )
+
+
 def measure_pack(pack: Pack, limits: Limits, found: Findings) -> None:
     """A row for each backend that runs, after its parity."""
     device = bench_device()
@@ -188,6 +203,7 @@ def measure_pack(pack: Pack, limits: Limits, found: Findings) -> None:
             if max(errors) > PARITY:
                 told = f"{errors[0]:.3g} (result) and {errors[1]:.3g} (gradient)"
                 raise RuntimeError(f"{pack.name}, {name}: off by {told}")
+            del out_PV, grad_PJ
             forward_us, backward_us = timed(attend, qkv_PJ, device)
         best[name] = forward_us + backward_us
         found.rows.append(
@@ -204,6 +220,7 @@ def measure_pack(pack: Pack, limits: Limits, found: Findings) -> None:
                 "x varlen": None,
             }
         )
+        show(found.rows[-1])
     for row in found.rows:
         if row["pack"] == pack.name and "varlen" in best:
             row["x varlen"] = best["varlen"] / best[str(row["backend"])]
@@ -212,7 +229,11 @@ def measure_pack(pack: Pack, limits: Limits, found: Findings) -> None:
 def measure(limits: Limits, tiny: bool = False) -> Findings:
     """Attention of the two towers' shapes on every backend that runs here: forward and backward."""
     found = Findings("Attention of one layer, projection in, gradient of the projection out (bf16)")
+    started = time.monotonic()
     for pack in packs(tiny):
+        if time.monotonic() - started > BUDGET_S:
+            found.notes.append(f"{pack.name}: not measured, {BUDGET_S:.0f} s are over")
+            continue
         measure_pack(pack, limits, found)
     if bench_device().type == "cuda":
         found.notes.append(f"flash_attn: {'ran' if attention.flash_attn_varlen_func else 'not installed'}")

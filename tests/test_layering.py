@@ -25,6 +25,7 @@ WITHOUT_OWN_TEST = {
     "lora/settings.py",
     "losses/settings.py",
     "model/attention_kernels.py",  # launched, and tested, by model/tile_attention.py
+    "model/attention_rows.py",  # the same
 }
 
 
