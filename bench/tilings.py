@@ -4,8 +4,8 @@
 
 Tries TRIES, each with the other kernels as they are, on the packs of 256 clips of bench/attention.py, and prints
 microseconds as they come, then all of them, best first. First each is compiled in a process of its own, side by side,
-into Triton's cache, for at most COMPILE_S seconds; after BUDGET_S seconds the rest is left. Use it to set the tilings anew after a change of chip or of
-Triton: change TRIES to what is in question.
+into Triton's cache, for at most COMPILE_S seconds; after BUDGET_S seconds the rest is left. Use it to set the tilings
+anew after a change of chip or of Triton: change TRIES to what is in question.
 """
 
 import sys
