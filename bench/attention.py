@@ -204,7 +204,12 @@ def measure_pack(pack: Pack, limits: Limits, found: Findings) -> None:
                 told = f"{errors[0]:.3g} (result) and {errors[1]:.3g} (gradient)"
                 raise RuntimeError(f"{pack.name}, {name}: off by {told}")
             del out_PV, grad_PJ
-            forward_us, backward_us = timed(attend, qkv_PJ, device)
+            try:
+                forward_us, backward_us = timed(attend, qkv_PJ, device)
+            except RuntimeError as error:  # the other backends can still be told
+                found.notes.append(f"{pack.name}, {name}: agrees, but not timed: {str(error).splitlines()[0]}")
+                print(found.notes[-1], flush=True)
+                continue
         best[name] = forward_us + backward_us
         found.rows.append(
             {
