@@ -48,8 +48,8 @@ class TrainSettings:
     """Clips in an optimizer step over all GPUs: the contrastive batch times grad_accum_steps."""
     grad_accum_steps: int = 1
     """Micro-batches a step, each with its own contrastive batch of batch_size / grad_accum_steps clips."""
-    clips_per_pass: int = 0
-    """Clips that a GPU embeds at once; more are embedded in several passes, twice, with the same gradient, in less memory (the cached-gradient step). 0: all at once."""  # noqa: E501
+    clips_per_pass: int | Literal["auto"] = 0
+    """Clips that a GPU embeds at once; more are embedded in several passes, twice, with the same gradient, in less memory (the cached-gradient step). 0: all at once; auto: as many as memory_cap_gib holds."""  # noqa: E501
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["plateau", "cosine", "constant"] = "plateau"
@@ -106,7 +106,6 @@ class TrainSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 1 or more")
         for name in (
             "max_steps",
-            "clips_per_pass",
             "patience",
             "plateau_patience",
             "save_every_steps",
@@ -116,6 +115,8 @@ class TrainSettings:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 0 or more")
+        if self.clips_per_pass != "auto" and self.clips_per_pass < 0:
+            raise ValueError(f"clips_per_pass: got {self.clips_per_pass}; allowed: auto, or 0 or more")
         for name in ("lr", "pretrained_lr_scale", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: a finite number above 0")
@@ -184,12 +185,16 @@ class Config:
             group.validate()
         for checked_when_made in (self.lora, self.losses, self.distributed):
             dataclasses.replace(checked_when_made)
-        if self.train.clips_per_pass and self.model.checkpointing:
+        passes, layers = self.train.clips_per_pass, self.model.checkpointing
+        if passes and layers and (passes, layers) != ("auto", "auto"):
             raise ValueError(
-                f"clips_per_pass: got {self.train.clips_per_pass} with checkpointing on; allowed: one of the two. Both "
-                "compute layers again to save memory, so together they cost twice; use --no-checkpointing, or "
-                "--clips_per_pass 0"
+                f"clips_per_pass: got {passes} with checkpointing {'on' if layers is True else layers}; allowed: one "
+                "of the two, or auto for both, which takes one. Both compute layers again to save memory, so together "
+                "they cost twice; use --no-checkpointing, or --clips_per_pass 0"
             )
+        if "auto" in (passes, layers) and self.model.trainable == "full":
+            field = "clips_per_pass" if passes == "auto" else "checkpointing"
+            raise ValueError(f"{field}: got 'auto' with trainable='full', whose memory is not counted; set it yourself")
         if self.data.window_words_as_terms and not self.data.window_fraction:
             raise ValueError("window_words_as_terms: got True without random windows; set window_fraction above 0 too")
 
@@ -208,7 +213,7 @@ def parse(argv: Sequence[str] | None = None, quiet: bool = False) -> Config:
         ValueError: a preset, file, key or value that cannot be right.
         SystemExit: --help, or a flag that does not exist.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _with_values(list(sys.argv[1:] if argv is None else argv))
     config = Config()
     preset, own_file = _peek(argv, "preset"), _peek(argv, "config")
     if preset is not None:
@@ -266,7 +271,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     """The value as the annotation wants it, or ValueError. TOML's integers count as floats, its arrays as tuples."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _typed(value, next(a for a in args if a is not type(None)), where)
+        first, *others = [a for a in args if a is not type(None)]
+        if others and isinstance(value, str):  # a number or bool, or a word in its place
+            return _typed(value, others[0], where)
+        return _typed(value, first, where)
     if isinstance(value, str):
         value = value.replace("{repo}", str(ROOT))
     if origin is Literal:
@@ -295,6 +303,19 @@ def to_toml(config: Config) -> dict[str, Any]:
         }
         for name in GROUPS
     }
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """A switch that also takes a word (--checkpointing auto) may still stand alone, or as --no-checkpointing."""
+    given: list[str] = []
+    for i, arg in enumerate(argv):
+        if arg == "--no-checkpointing":
+            given += ["--checkpointing", "False"]
+        elif arg == "--checkpointing" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+            given += [arg, "True"]
+        else:
+            given.append(arg)
+    return given
 
 
 def _peek(argv: Sequence[str], name: str) -> str | None:

@@ -32,6 +32,7 @@ from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
 from bin.evaluation import Evaluator, encode_terms
 from bin.feed import feed, pinning
+from bin.fit import fit_memory
 from bin.optimizer import parameter_groups
 from bin.redaction import redact, tell_error
 from bin.reporting import NUM_MISSES, show_test, write_run_report
@@ -138,6 +139,7 @@ def train(config: Config) -> int:
         total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
         groups = parameter_groups(named, built.sources, cfg.weight_decay, cfg.pretrained_lr_scale)
         update = make_update(groups, named, cfg.lr, cfg.adam_beta2, cfg.flat_optimizer)  # AdamW
+        clips_per_pass = fit_memory(config, model, loader.epoch(0))
         graphs = add_graphs(model, config.model.cuda_graphs, keeps_gradients=cfg.flat_optimizer)
         # ReduceLROnPlateau drives a factor (1, then cut and cut again) that multiplies the warm-up below.
         factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
@@ -206,7 +208,7 @@ def train(config: Config) -> int:
                     for _ in range(cfg.grad_accum_steps):
                         with interval.waiting():
                             batch = next(batches_of_epoch)
-                        passes = encode_in_passes(model, batch, cfg.clips_per_pass)
+                        passes = encode_in_passes(model, batch, clips_per_pass)
                         share, parts, relations = loss_share(
                             model, temperature, batch, config.losses, world, wire_dtype, bank, passes.encoded
                         )

@@ -70,7 +70,7 @@ def build_model(
             proj_dim=settings.proj_dim,
             audio_readout=settings.audio_readout,
             attention=settings.attention,
-            checkpointing=settings.checkpointing,
+            checkpointing=settings.checkpointing is True,  # auto: set when the batches are known
             dropout=settings.tower_dropout,
             compute_dtype=compute_dtype,
             augment_mel=_spec_augment(settings),

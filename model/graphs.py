@@ -113,8 +113,9 @@ class _Ticket:
 class TowerGraphs:
     """Stands in for `encode_audio` and `encode_text` of a model in training mode.
 
-    Packs are filled up to size classes from the first on, without gradient too, so that numbers drawn for dropout depend
-    neither on when a class is captured nor on which of two passes it is (distributed/bigbatch.py). captures: without, everything runs eagerly (on a CPU, or for comparison).
+    Packs are filled up to size classes from the first on, without gradient too, so that numbers drawn for dropout
+    depend neither on when a class is captured nor on which of two passes it is (distributed/bigbatch.py). captures:
+    without, everything runs eagerly (on a CPU, or for comparison).
     """
 
     def __init__(self, model: DualEncoder, captures: bool = True, most: int = MAX_CAPTURES) -> None:

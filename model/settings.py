@@ -42,8 +42,10 @@ class ModelSettings:
     """Memory-bound steps of the towers as Triton kernels, which keep less for the backward pass; auto takes them on CUDA. torch: plain operations."""  # noqa: E501
     cuda_graphs: GraphsName = "auto"
     """Towers train as CUDA graphs, one for each size of batch: no waiting for launches. auto: where they can be."""
-    checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, about half as much time again."""
+    checkpointing: bool | Literal["auto"] = False
+    """Recompute each layer in the backward pass: less memory, about half as much time again. auto: as few layers as memory_cap_gib asks for."""  # noqa: E501
+    memory_cap_gib: float = 0.0
+    """Device memory that `auto` (checkpointing, clips_per_pass) plans with, the model included; 0: all that is free."""
     tower_dropout: float = 0.0
     """Dropout on the residual branches of both towers, for small towers trained from nothing."""
     spec_time_masks: int = 0
@@ -77,6 +79,10 @@ class ModelSettings:
                 f"maxsim_stride: got {self.maxsim_stride}, allowed are 1 to {max(sizes)}, the largest window; "
                 "a longer stride would leave frames out"
             )
+        if self.checkpointing not in (True, False, "auto"):
+            raise ValueError(f"checkpointing: got {self.checkpointing!r}, allowed are True, False, auto")
+        if not 0.0 <= self.memory_cap_gib < float("inf"):
+            raise ValueError(f"memory_cap_gib: got {self.memory_cap_gib}, must be 0 (no cap) or more")
         if self.proj_dim < 1:
             raise ValueError(f"proj_dim: got {self.proj_dim}, must be at least 1")
         if not 0.0 <= self.tower_dropout < 1.0:

@@ -179,3 +179,31 @@ def test_the_two_pass_step_is_refused_beside_checkpointing() -> None:
     assert flat(parse(["--clips_per_pass", "64"]))["clips_per_pass"] == 64
     with pytest.raises(ValueError, match="clips_per_pass: got 64 with checkpointing on"):
         parse(["--clips_per_pass", "64", "--checkpointing"])
+
+
+def test_checkpointing_is_a_switch_that_also_takes_auto(tmp_path: Path) -> None:
+    for argv, expected in (
+        ([], False), (["--checkpointing"], True), (["--no-checkpointing"], False),
+        (["--checkpointing", "auto"], "auto"), (["--checkpointing", "--epochs", "3"], True),
+        (["--checkpointing", "False"], False),
+    ):  # fmt: skip
+        assert flat(parse(argv))["checkpointing"] == expected
+    path = tmp_path / "mine.toml"
+    for text, expected in (("true", True), ('"auto"', "auto")):
+        path.write_text(f"checkpointing = {text}\nclips_per_pass = 0\n")
+        assert flat(parse(["--config", str(path)]))["checkpointing"] == expected
+    path.write_text('checkpointing = "sometimes"')
+    with pytest.raises(ValueError, match="checkpointing is 'sometimes'; allowed: 'auto'"):
+        parse(["--config", str(path)])
+
+
+def test_auto_is_for_frozen_towers_and_not_for_one_of_two_beside_the_other() -> None:
+    both = flat(parse(["--clips_per_pass", "auto", "--checkpointing", "auto", "--memory_cap_gib", "40"]))
+    assert (both["clips_per_pass"], both["checkpointing"], both["memory_cap_gib"]) == ("auto", "auto", 40.0)
+    for argv in (["--clips_per_pass", "auto", "--checkpointing"], ["--clips_per_pass", "8", "--checkpointing", "auto"]):
+        with pytest.raises(ValueError, match=r"clips_per_pass: got .* with checkpointing"):
+            parse(argv)
+    with pytest.raises(ValueError, match="checkpointing: got 'auto' with trainable='full'"):
+        parse(["--checkpointing", "auto", "--trainable", "full"])
+    with pytest.raises(ValueError, match="clips_per_pass: got -1; allowed: auto"):
+        parse(["--clips_per_pass", "-1"])

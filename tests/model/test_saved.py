@@ -8,9 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import model.audio_tower
 import model.text_tower
@@ -18,6 +15,7 @@ from model.audio_tower import AudioConfig, AudioTower
 from model.packing import TextPack
 from model.saved import remade
 from model.text_tower import TextConfig, TextTower
+from tests.model.kept import wide_and_kept
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -82,43 +80,12 @@ class Adapted(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.down), self.up)
 
 
-class Storages(TorchDispatchMode):
-    """Every storage that an operation filled with floating-point numbers: what of it is still alive, and its shape."""
-
-    def __init__(self, tower):
-        super().__init__()
-        self.given = {StorageWeakRef(parameter.untyped_storage()) for parameter in tower.parameters()}
-        self.shapes = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.is_floating_point():
-                self.shapes.setdefault(StorageWeakRef(x.untyped_storage()), tuple(x.shape))
-        return out
-
-    def alive(self):
-        return [shape for storage, shape in self.shapes.items() if storage not in self.given and not storage.expired()]
-
-
 def adapt(tower):
     tower.requires_grad_(False)
     for layer in tower.layers:
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name)))
     return tower.to(DEVICE).train()
-
-
-def wide_and_kept(tower, run, least):
-    """Shapes of at least this many numbers that a graph keeps alive, parameters and inputs apart, sorted."""
-    with Storages(tower) as storages:
-        out = run()
-    graph = out.grad_fn
-    del out
-    gc.collect()
-    wide = sorted(shape for shape in storages.alive() if math.prod(shape) >= least)
-    assert graph is not None
-    return wide
 
 
 @pytest.fixture
