@@ -48,9 +48,9 @@ class Tilings:
     backward: Tiling | None = None
 
 
-NARROW = Tilings(forward=Tiling(64, 64, 4, 2), query_gradient=Tiling(64, 64, 4, 2), key_gradient=Tiling(64, 64, 4, 2))
+NARROW = Tilings(forward=Tiling(64, 64, 4, 2), query_gradient=Tiling(64, 32, 4, 2), key_gradient=Tiling(64, 32, 4, 2))
 """Head sizes up to 64."""
-WIDE = Tilings(forward=Tiling(64, 32, 8, 2), query_gradient=Tiling(64, 32, 4, 2), key_gradient=Tiling(64, 32, 8, 2))
+WIDE = Tilings(forward=Tiling(64, 32, 8, 2), query_gradient=Tiling(64, 16, 4, 1), key_gradient=Tiling(64, 16, 4, 1))
 """Head sizes up to 128, from compute capability 9.0."""
 WIDE_AMPERE = Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2))
 """Head sizes up to 128 before: the A100's products take their operands from registers, which larger tiles spill."""

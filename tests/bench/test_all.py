@@ -1,6 +1,7 @@
 """The runner: parts in processes of their own, what fails is reported, and everything is written."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,10 @@ def test_a_failed_part_is_reported_and_the_others_go_on(
     assert list(report["parts"]) == ["step", "loss", "tower"]
     assert report["parts"]["step"]["checks"][0]["is_met"]
     assert not report["parts"]["tower"]["checks"][0]["is_met"]
-    assert (tmp_path / "Some-Chip-80GB.png").stat().st_size > 10_000
-    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    plot = tmp_path / "Some-Chip-80GB.png"
+    assert plot.exists() == (find_spec("matplotlib") is not None)
+    assert not plot.exists() or plot.stat().st_size > 10_000
+    table = next(part for part in capsys.readouterr().out.split("\n\n") if part.startswith("part")).splitlines()
     assert [line.split()[0] for line in table[2:]] == ["step", "loss", "tower"]
     assert "FAILED" in table[3]
     assert table[2].endswith("ok")

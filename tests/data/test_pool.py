@@ -16,8 +16,9 @@ from tests.data.processes import child_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = """
-import sys, time
+import signal, sys, time
 from data.pool import WorkerPool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
 pool = WorkerPool(2, "tests.data.test_pool:counting", {"add": 1}, {})
 tickets = [pool.submit(index, {"value": 5}) for index in range(2)]
 answers = [pool.result(index, ticket)[0] for index, ticket in enumerate(tickets)]

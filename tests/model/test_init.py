@@ -43,7 +43,7 @@ def test_the_stream_keeps_its_scale(model, make_pack):
     layout = model.audio_tower.layout(pack.num_samples, "cpu")
     scales = []
 
-    def start(x_PD, delta_PD, _):
+    def start(x_PD, delta_PD, *_):
         return x_PD if delta_PD is None else x_PD + delta_PD
 
     for layer in model.audio_tower.layers:
