@@ -160,7 +160,7 @@ class SequenceLayout:
         return groups
 
     def mean(self, x_PD: Tensor, kernels: str = "auto") -> Tensor:
-        """Mean over each sequence's tokens, [B, D], accumulated in fp32 (fp64 for fp64 input); zero for an empty dummy."""
+        """Mean over each sequence's tokens, [B, D], summed in fp32 (fp64 for fp64 input); zero for an empty dummy."""
         if uses_triton(kernels, x_PD):
             from model.mean_kernels import sequence_mean
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from model.activation_kernels import swiglu
 from tests.model.kernel_errors import DEVICE, assert_no_worse
 
+
 def plain_swiglu(x):
     gate, up = x.chunk(2, dim=1)
     return F.silu(gate) * up
