@@ -1,4 +1,4 @@
-"""Triton kernels of SwiGLU and GELU: one pass each way, arithmetic in fp32, the pre-activation kept and nothing else.
+"""Triton kernel of SwiGLU: one pass each way, arithmetic in fp32, the pre-activation kept and nothing else.
 
 Shapes: P packed tokens, F feed-forward width.
 """
@@ -18,11 +18,6 @@ _NUM_WARPS = 4
 def swiglu(gate_up_P2F: Tensor) -> Tensor:
     """silu(gate) * up, [P, F]; its gradient comes as one buffer [P, 2 F]."""
     return _Swiglu.apply(gate_up_P2F)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x Phi(x), any shape."""
-    return _Gelu.apply(x)
 
 
 class _Swiglu(torch.autograd.Function):
@@ -47,25 +42,6 @@ class _Swiglu(torch.autograd.Function):
             grad_PF.contiguous(), gate_up_P2F, grad_P2F, WIDTH=width, BLOCK=_BLOCK, num_warps=_NUM_WARPS
         )
         return grad_P2F
-
-
-class _Gelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        _gelu_forward[(triton.cdiv(x.numel(), _BLOCK),)](x, y, x.numel(), BLOCK=_BLOCK, num_warps=_NUM_WARPS)
-        ctx.save_for_backward(x)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        grad = torch.empty_like(x)
-        grid = (triton.cdiv(x.numel(), _BLOCK),)
-        _gelu_backward[grid](grad_y.contiguous(), x, grad, x.numel(), BLOCK=_BLOCK, num_warps=_NUM_WARPS)
-        return grad
 
 
 @triton.jit
@@ -95,25 +71,3 @@ def _swiglu_backward(grad_ptr, gate_up_ptr, grad_gate_up_ptr, WIDTH: tl.constexp
     dtype = grad_gate_up_ptr.dtype.element_ty
     tl.store(grad_gate_up_ptr + gate_at, grad_gate.to(dtype), mask=is_inside)
     tl.store(grad_gate_up_ptr + gate_at + WIDTH, (grad * silu).to(dtype), mask=is_inside)
-
-
-@triton.jit
-def normal_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _gelu_forward(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, (x * normal_cdf(x)).to(y_ptr.dtype.element_ty), mask=at < size)
-
-
-@triton.jit
-def _gelu_backward(grad_y_ptr, x_ptr, grad_ptr, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    grad_y = tl.load(grad_y_ptr + at, mask=at < size, other=0.0).to(tl.float32)
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    grad = grad_y * (normal_cdf(x) + x * density)
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=at < size)

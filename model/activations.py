@@ -1,7 +1,7 @@
-"""The feed-forward blocks' activations, and the joined product that SwiGLU takes.
+"""SwiGLU and the joined product that it takes.
 
-Each plain form is the reference of the kernel beside it (model/activation_kernels.py), which keeps the pre-activation
-for the backward pass and nothing else.
+The plain form is the reference of the kernel beside it (model/activation_kernels.py), which keeps the pre-activation
+for the backward pass and nothing else. GELU has no kernel here: torch's own is one pass each way already.
 
 Shapes: P packed tokens, D width, F feed-forward width.
 """
@@ -11,15 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import uses_triton
-
-
-def gelu(x_PF: Tensor, kernels: str = "auto") -> Tensor:
-    """The exact GELU, x Phi(x). Hendrycks and Gimpel 2016."""
-    if uses_triton(kernels, x_PF):
-        from model.activation_kernels import gelu as fused_gelu
-
-        return fused_gelu(x_PF)
-    return F.gelu(x_PF)
 
 
 def swiglu(gate_up_P2F: Tensor, kernels: str = "auto") -> Tensor:

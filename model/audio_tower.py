@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.activations import gelu
 from model.attention import Heads, packed_attention, project
 from model.convolutions import embed_frames
 from model.kernels import uses_triton
@@ -126,7 +125,6 @@ class AudioLayer(nn.Module):
     def __init__(self, config: AudioConfig, attention: str, dropout: float, kernels: str) -> None:
         super().__init__()
         self.dropout = dropout
-        self.kernels = kernels
         self.self_attn = AudioAttention(config, attention)
         self.self_attn_layer_norm = LayerNorm(config.d_model, kernels)
         self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
@@ -144,7 +142,7 @@ class AudioLayer(nn.Module):
         remake = self.self_attn_layer_norm.remaking(x_PD) if remakes else None
         attended_PD = F.dropout(self.self_attn(y_PD, layout, remake), self.dropout, self.training)
         x_PD, y_PD = self.final_layer_norm.add(x_PD, attended_PD)
-        expanded_PD = self.fc2(gelu(self.fc1(y_PD), self.kernels))
+        expanded_PD = self.fc2(F.gelu(self.fc1(y_PD)))
         return x_PD, F.dropout(expanded_PD, self.dropout, self.training)
 
 

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.activation_kernels import normal_cdf
-
 _BLOCK = 1024
 
 
@@ -31,6 +29,11 @@ def add_positions(h_PD: Tensor, positions_LD: Tensor, place_P: Tensor) -> Tensor
 
 
 @triton.jit
+def _gelu(x):
+    return x * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)))
+
+
+@triton.jit
 def _gather_patches(h_ptr, kept_ptr, slot_ptr, out_ptr, num_slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -41,7 +44,7 @@ def _gather_patches(h_ptr, kept_ptr, slot_ptr, out_ptr, num_slots, WIDTH: tl.con
         is_real = (slot >= 0) & (slot < num_slots)
         is_kept = tl.load(kept_ptr + slot, mask=is_real, other=0).to(tl.int1)
         x = tl.load(h_ptr + slot * WIDTH + columns, mask=is_inside & is_kept, other=0.0).to(tl.float32)
-        y = (x * normal_cdf(x)).to(out_ptr.dtype.element_ty)
+        y = _gelu(x).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * (3 * WIDTH) + k * WIDTH + columns, y, mask=is_inside)
 
 
@@ -53,5 +56,5 @@ def _add_positions(h_ptr, positions_ptr, place_ptr, out_ptr, WIDTH: tl.constexpr
     x = tl.load(h_ptr + row * WIDTH + columns, mask=is_inside, other=0.0).to(tl.float32)
     place = tl.load(place_ptr + row)
     position = tl.load(positions_ptr + place * WIDTH + columns, mask=is_inside, other=0.0).to(tl.float32)
-    y = (x * normal_cdf(x) + position).to(out_ptr.dtype.element_ty)
+    y = (_gelu(x) + position).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * WIDTH + columns, y, mask=is_inside)

@@ -170,8 +170,6 @@ class DualEncoder(nn.Module):
     def _embed(self, x_PD: Tensor, layout: SequenceLayout, head: nn.Linear) -> Tensor:
         with torch.autocast(x_PD.device.type, enabled=False):
             mean_BD = layout.mean(x_PD, self.kernels)
-            if layout.has_dummies:  # an empty one has no mean
-                mean_BD = mean_BD.where((layout.cu_seqlens.diff() > 0)[:, None], 0.0)
             return F.normalize(head(mean_BD.to(head.weight.dtype)), dim=-1)
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -90,14 +90,13 @@ class SequenceLayout:
 
     lengths: list[int]
     max_len: int
+    """Longest length, or a bound on it where the pack is filled up to a size class with dummies, some of them empty."""
     cu_seqlens: Tensor
     """int32 [B + 1], as the variable-length kernels want it."""
     owner_P: Tensor
     """int64, the sequence that a token belongs to."""
     place_P: Tensor
     """int64, the token's position in its sequence, from 0."""
-    has_dummies: bool = False
-    """Filled up to a size class: the last sequences are dummies, some of them empty, and max_len is a bound."""
 
     @classmethod
     def build(
@@ -123,7 +122,7 @@ class SequenceLayout:
     def _of_parts(cls, parts: Sequence[Tensor], lengths: list[int], max_len: int | None) -> "SequenceLayout":
         cu, owner_P, place_P = parts
         bound = max(lengths) if max_len is None else max_len
-        return cls(lengths, bound, cu.to(torch.int32), owner_P, place_P, max_len is not None)
+        return cls(lengths, bound, cu.to(torch.int32), owner_P, place_P)
 
     @cached_property
     def dense_groups(self) -> "list[DenseGroup]":
@@ -161,14 +160,14 @@ class SequenceLayout:
         return groups
 
     def mean(self, x_PD: Tensor, kernels: str = "auto") -> Tensor:
-        """Mean over each sequence's tokens, [B, D], accumulated in fp32 (fp64 for fp64 input)."""
+        """Mean over each sequence's tokens, [B, D], summed in fp32 (fp64 for fp64 input); zero for an empty dummy."""
         if uses_triton(kernels, x_PD):
             from model.mean_kernels import sequence_mean
 
-            return sequence_mean(x_PD, self.cu_seqlens, self.owner_P)
+            return sequence_mean(x_PD, self.cu_seqlens)
         wide = torch.promote_types(x_PD.dtype, torch.float32)
         sums_BD = x_PD.new_zeros(len(self.lengths), x_PD.shape[1], dtype=wide).index_add(0, self.owner_P, x_PD.to(wide))
-        return sums_BD / self.cu_seqlens.diff()[:, None].to(wide)
+        return sums_BD / self.cu_seqlens.diff().clamp(min=1)[:, None].to(wide)
 
 
 @dataclass(frozen=True, eq=False)

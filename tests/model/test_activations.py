@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.activations import gelu, join_weights, joined_weight, swiglu
+from model.activations import join_weights, joined_weight, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,11 +17,10 @@ def pair():
     return tuple(nn.Linear(6, width, bias=False, device=DEVICE).requires_grad_(False) for width in (4, 5))
 
 
-@pytest.mark.parametrize("function", [gelu, swiglu])
-def test_kernels_and_torch_agree(function):
+def test_kernels_and_torch_agree():
     pytest.importorskip("triton", reason="compares with the Triton kernels")
     x = torch.randn(3, 10, device=DEVICE)
-    torch.testing.assert_close(function(x, "triton"), function(x, "torch"))
+    torch.testing.assert_close(swiglu(x, "triton"), swiglu(x, "torch"))
 
 
 def test_swiglu_takes_the_gate_first():

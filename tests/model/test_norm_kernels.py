@@ -7,10 +7,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from model.norm_kernels import add_norm, pool_norm
+from tests.model.kernel_errors import DEVICE, assert_no_worse
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# One rounding's error; the interpreter cuts bf16 off where a GPU rounds it to the nearest.
-UNIT = {torch.float32: 1e-6, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7}
 EPS = 1e-5
 
 
@@ -22,12 +20,6 @@ def plain_norm(x_PD, weight_D, bias_D):
     if bias_D is None:
         return F.rms_norm(x_PD, x_PD.shape[-1:], weight_D, EPS)
     return F.layer_norm(x_PD, x_PD.shape[-1:], weight_D, bias_D, EPS)
-
-
-def assert_no_worse(ours, plain, truth):
-    """Root mean square error at most that of torch's own operations in this dtype, or of one rounding."""
-    errors = [float((part - truth).detach().norm() / truth.detach().norm()) for part in (ours.double(), plain.double())]
-    assert errors[0] <= max(UNIT[ours.dtype], (1.02 if DEVICE == "cuda" else 2.5) * errors[1]), errors
 
 
 @pytest.mark.parametrize("is_centred", [True, False])
