@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from data.columns import COPY_BYTES, Spool
 from data.drops import DropLog
 from data.terms import key64
 
-FIELDS = tuple(field.name for field in fields(Clip))
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for each clip
+_values = operator.attrgetter(*(field.name for field in fields(Clip)))
 
 
 def write_listing(clips: Iterable[Clip], path: Path, drops: DropLog) -> tuple[int, str]:
@@ -33,7 +35,7 @@ def write_listing(clips: Iterable[Clip], path: Path, drops: DropLog) -> tuple[in
         offsets, audio_keys, id_keys = (Spool(np.int64, path.parent) for _ in range(3))
         for clip in clips:
             offsets.append(lines.tell())
-            audio_keys.append(key64(json.dumps([clip.audio_path, clip.start_s, clip.end_s])))
+            audio_keys.append(key64(f"{clip.audio_path}\0{clip.start_s}\0{clip.end_s}"))
             id_keys.append(key64(clip.clip_id))
             lines.write(to_line(clip))
         return _join(lines, offsets.read(), audio_keys.read(), id_keys.read(), path, drops)
@@ -113,7 +115,7 @@ class _Numbers:
 
 
 def to_line(clip: Clip) -> bytes:
-    return json.dumps([getattr(clip, field) for field in FIELDS], ensure_ascii=False).encode() + b"\n"
+    return _encode(_values(clip)).encode() + b"\n"
 
 
 def of_line(line: bytes) -> Clip:
@@ -130,6 +132,28 @@ def _pieces(lines: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
     lines.seek(start)
     for at in range(start, stop, COPY_BYTES):
         yield lines.read(min(COPY_BYTES, stop - at))
+
+
+class ListedBlock(NamedTuple):
+    """Neighbours in a listing."""
+
+    offset: int
+    num_bytes: int
+    num_clips: int
+
+
+def blocks_of(path: Path, size: int, first: int = 0) -> Iterator[ListedBlock]:
+    """The listing by blocks of `size` clips from clip `first` on, unread: `clips_at` reads one, in any process."""
+    with open(path, "rb") as file:
+        offset = sum(map(len, itertools.islice(file, first)))
+        while lengths := list(map(len, itertools.islice(file, size))):
+            yield ListedBlock(offset, sum(lengths), len(lengths))
+            offset += sum(lengths)
+
+
+def clips_at(descriptor: int, block: ListedBlock) -> list[Clip]:
+    """The clips of a block of the listing that is open under the descriptor."""
+    return list(map(of_line, os.pread(descriptor, block.num_bytes, block.offset).splitlines()))
 
 
 def read_listing(path: Path, every: int = 1) -> Iterator[Clip]:
