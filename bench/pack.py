@@ -44,19 +44,23 @@ for path in open(paths[0]).read().split("\\n")[int(first)::int(step)]:
         file.write(samples.tobytes())
 """
 MEMORY = """
-import json, resource, sys, time
+import itertools, json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
+import numpy as np
 from pathlib import Path
 from data.clips import iterate_clips; from data.drops import DropLog
 from data.listing import read_listing, write_listing
 from data.settings import DataSettings
-from data.table import TableWriter
+from data.table_writer import TableWriter, rows_of
 import data.packing
 started, drops, folder = time.perf_counter(), DropLog(), Path(sys.argv[3])
 count, _ = write_listing(iterate_clips(sys.argv[2], DataSettings(), drops), folder / "listing", drops)
-writer = TableWriter(folder, with_spoken=True, packed=True)
-for number, clip in enumerate(read_listing(folder / "listing")):
-    writer.append(clip, sample_start=number, num_samples=1, audio_key=number)
+writer, clips, first = TableWriter(folder, packed=True), read_listing(folder / "listing"), 0
+while block := list(itertools.islice(clips, data.packing.BLOCK)):
+    numbers = np.arange(first, first + len(block))
+    places = {"sample_start": numbers, "num_samples": numbers, "audio_key": numbers}
+    writer.extend(rows_of(block, packed=True) | places)
+    first += len(block)
 with open(folder / "index", "wb") as file:
     writer.write(file)
 print(json.dumps([count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.perf_counter() - started]))

@@ -147,6 +147,10 @@ def decode_for(path: str | Path, start_s: float | None, end_s: float | None) -> 
 
     Raises AudioError, also where the span is not within the file.
     """
+    if (plain_S := _read_plain(path)) is not None:
+        info = AudioInfo(len(plain_S), SAMPLE_RATE, 1)
+        check_span(info, start_s, end_s)
+        return info, plain_S
     with _opened(path) as (sound, info):
         check_span(info, start_s, end_s)
         return info, _decode(sound, info, 0, info.frames) if info.duration_s <= WHOLE_FILE_S else None

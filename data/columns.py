@@ -53,9 +53,10 @@ class Spool:
     def extend(self, values: Iterable[int] | bytes | np.ndarray) -> None:
         """Bytes for a spool of uint8, numbers for the others."""
         if self._values is None:
-            assert isinstance(values, bytes)
-            self._bytes += values
-            self.num_bytes += len(values)
+            assert isinstance(values, bytes | np.ndarray)
+            content = values if isinstance(values, bytes) else values.tobytes()
+            self._bytes += content
+            self.num_bytes += len(content)
         else:
             block = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=self.dtype)
             self._values.frombytes(block.tobytes())
@@ -104,6 +105,11 @@ class StringSpool:
     def append(self, value: str) -> None:
         self.bytes.extend(value.encode("utf-8"))
         self.indptr.append(self.bytes.num_bytes)
+
+    def extend(self, content: np.ndarray, sizes: np.ndarray) -> None:
+        """Strings one after another, UTF-8, and how many bytes each has."""
+        self.indptr.extend(self.bytes.num_bytes + np.cumsum(sizes))
+        self.bytes.extend(content)
 
     def __len__(self) -> int:
         return self.indptr.num_values - 1

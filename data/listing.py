@@ -10,20 +10,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import operator
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from data.clip import Clip, joined
-from data.columns import Spool
+from data.columns import COPY_BYTES, Spool
 from data.drops import DropLog
 from data.terms import key64
 
-FIELDS = tuple(field.name for field in fields(Clip))
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one for each clip
+_values = operator.attrgetter(*(field.name for field in fields(Clip)))
 
 
 def write_listing(clips: Iterable[Clip], path: Path, drops: DropLog) -> tuple[int, str]:
@@ -32,7 +35,7 @@ def write_listing(clips: Iterable[Clip], path: Path, drops: DropLog) -> tuple[in
         offsets, audio_keys, id_keys = (Spool(np.int64, path.parent) for _ in range(3))
         for clip in clips:
             offsets.append(lines.tell())
-            audio_keys.append(key64(json.dumps([clip.audio_path, clip.start_s, clip.end_s])))
+            audio_keys.append(key64(f"{clip.audio_path}\0{clip.start_s}\0{clip.end_s}"))
             id_keys.append(key64(clip.clip_id))
             lines.write(to_line(clip))
         return _join(lines, offsets.read(), audio_keys.read(), id_keys.read(), path, drops)
@@ -54,16 +57,29 @@ def _join(
     del ordered
     firsts = by_audio[starts]
     numbers = _Numbers(id_keys_C[firsts])
+    offsets_C1 = np.r_[offsets_C, lines.seek(0, os.SEEK_END)]
+    in_file_order = np.argsort(firsts, kind="stable")
+    rows, is_alone = firsts[in_file_order], ((num_rows == 1) & numbers.is_alone(id_keys_C[firsts]))[in_file_order]
+    # Nearly all clips are listed once under an id of their own: neighbours of these are copied as they are.
+    goes_on = is_alone[1:] & is_alone[:-1] & (np.diff(rows) == 1)
+    heads = np.flatnonzero(np.r_[True, ~goes_on][: len(rows)])
+    del goes_on
     digest = hashlib.sha256()
     with open(path, "wb") as out:
-        for group in np.argsort(firsts, kind="stable"):  # in file order; not as a list, which would be far larger
-            rows = by_audio[starts[group] : starts[group] + num_rows[group]]
-            clip = _clip_at(lines, int(offsets_C[rows[0]]))
-            for row in rows[1:].tolist():
-                clip = joined(clip, _clip_at(lines, int(offsets_C[row])), drops)
-            line = to_line(numbers.unique(clip, drops))
-            digest.update(line)
-            out.write(line)
+        for run, head in enumerate(heads):  # not as a list, which would be far larger
+            stop = heads[run + 1] if run + 1 < len(heads) else len(rows)
+            if is_alone[head]:
+                pieces = _pieces(lines, int(offsets_C1[rows[head]]), int(offsets_C1[rows[stop - 1] + 1]))
+            else:
+                group = in_file_order[head]
+                same = by_audio[starts[group] : starts[group] + num_rows[group]]
+                clip = _clip_at(lines, int(offsets_C[same[0]]))
+                for row in same[1:].tolist():
+                    clip = joined(clip, _clip_at(lines, int(offsets_C[row])), drops)
+                pieces = iter([to_line(numbers.unique(clip, drops))])
+            for piece in pieces:
+                digest.update(piece)
+                out.write(piece)
     return len(firsts), digest.hexdigest()
 
 
@@ -73,6 +89,10 @@ class _Numbers:
     def __init__(self, keys_C: np.ndarray) -> None:
         self.keys_K, self.num_clips_K = np.unique(keys_C, return_counts=True)
         self.num_given_K = np.zeros(len(self.keys_K), dtype=np.int32)
+
+    def is_alone(self, keys_G: np.ndarray) -> np.ndarray:
+        """bool [G]: whether one clip only has the id of this key."""
+        return self.num_clips_K[np.searchsorted(self.keys_K, keys_G)] == 1
 
     def unique(self, clip: Clip, drops: DropLog) -> Clip:
         place = self._place(clip.clip_id)
@@ -95,7 +115,7 @@ class _Numbers:
 
 
 def to_line(clip: Clip) -> bytes:
-    return json.dumps([getattr(clip, field) for field in FIELDS], ensure_ascii=False).encode() + b"\n"
+    return _encode(_values(clip)).encode() + b"\n"
 
 
 def of_line(line: bytes) -> Clip:
@@ -106,6 +126,34 @@ def of_line(line: bytes) -> Clip:
 def _clip_at(lines: BinaryIO, offset: int) -> Clip:
     lines.seek(offset)
     return of_line(lines.readline())
+
+
+def _pieces(lines: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    lines.seek(start)
+    for at in range(start, stop, COPY_BYTES):
+        yield lines.read(min(COPY_BYTES, stop - at))
+
+
+class ListedBlock(NamedTuple):
+    """Neighbours in a listing."""
+
+    offset: int
+    num_bytes: int
+    num_clips: int
+
+
+def blocks_of(path: Path, size: int, first: int = 0) -> Iterator[ListedBlock]:
+    """The listing by blocks of `size` clips from clip `first` on, unread: `clips_at` reads one, in any process."""
+    with open(path, "rb") as file:
+        offset = sum(map(len, itertools.islice(file, first)))
+        while lengths := list(map(len, itertools.islice(file, size))):
+            yield ListedBlock(offset, sum(lengths), len(lengths))
+            offset += sum(lengths)
+
+
+def clips_at(descriptor: int, block: ListedBlock) -> list[Clip]:
+    """The clips of a block of the listing that is open under the descriptor."""
+    return list(map(of_line, os.pread(descriptor, block.num_bytes, block.offset).splitlines()))
 
 
 def read_listing(path: Path, every: int = 1) -> Iterator[Clip]:

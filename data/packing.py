@@ -1,8 +1,8 @@
 """Packs clips into shards: decoded by worker processes, written by one, so that the order never depends on the workers.
 
     listing.jsonl   the clips, in order          blocks of 64 clips go to the workers in turn, and come back in turn
-    shard-00000.pcm, rows-00000.safetensors      a finished shard, and what became of each clip of its blocks
-    index.safetensors, drops.jsonl, manifest     made of the listing and the rows, at the end
+    shard-00000.pcm, block-00000.safetensors     a finished shard, and what became of the clips of its blocks
+    index.safetensors, drops.jsonl, manifest     made of the shards' rows, at the end
 
 A shard gets its name when it is whole and on disk, after its rows. A run that is killed at whatever byte goes on behind
 the last such shard; all before it is as it would have been. Rows and listing lie in `.packing` until the manifest is
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ import numpy as np
 from data.audio import MAX_CLIP_S, SAMPLE_RATE, AudioError, check_span, probe
 from data.clip import Clip
 from data.drops import DropLog
-from data.listing import read_listing, write_listing
+from data.listing import ListedBlock, blocks_of, clips_at, read_listing, write_listing
 from data.pool import WorkerPool
 from data.reader import SAMPLE_BYTES, AudioReader
 from data.shards import (
@@ -44,8 +42,7 @@ from data.shards import (
 )
 from data.slots import Slot
 from data.stored import OpenShard, Stored
-from data.table import TableWriter
-from data.terms import normalise_term, run_groups
+from data.table_writer import TableWriter, rows_of
 from data.worker import Job, Json
 
 logger = logging.getLogger(__name__)
@@ -151,11 +148,11 @@ def _check_space(folder: Path, listing: Path, num_clips: int, stored_samples: in
 def _store(
     stored: Stored, listing: Path, num_clips: int, num_workers: int, shard_bytes: int, cache_mb: int, told: Told
 ) -> None:
-    pool = WorkerPool(num_workers, "data.packing:decode_job", {"cache_mb": cache_mb // num_workers}, {})
+    spec = {"cache_mb": cache_mb // num_workers, "listing": str(listing.absolute())}
+    pool = WorkerPool(num_workers, "data.packing:decode_job", spec, {})
     try:
-        clips = itertools.islice(read_listing(listing), stored.num_clips, None)
         shard = OpenShard(stored)
-        for block, answer, memory in _decoded(pool, num_workers, clips):
+        for block, answer, memory in _decoded(pool, num_workers, blocks_of(listing, BLOCK, stored.num_clips)):
             shard.add(answer, memory)
             del memory
             told(stored.num_clips + shard.num_clips, num_clips)
@@ -169,16 +166,15 @@ def _store(
 
 
 def _decoded(
-    pool: WorkerPool, num_workers: int, clips: Iterator[Clip]
+    pool: WorkerPool, num_workers: int, blocks: Iterator[ListedBlock]
 ) -> Iterator[tuple[int, dict[str, Any], memoryview]]:
     """Blocks in the order of the clips, decoded ahead in all workers."""
     asked: deque[tuple[int, int, int]] = deque()  # (worker, ticket, clips)
     turns = itertools.cycle(range(num_workers))
     turn = next(turns)
     while True:
-        while pool.has_room(turn) and (block := list(itertools.islice(clips, BLOCK))):
-            wanted = [[clip.audio_path, clip.start_s, clip.end_s, clip.text] for clip in block]
-            asked.append((turn, pool.submit(turn, {"clips": wanted}), len(block)))
+        while pool.has_room(turn) and (block := next(blocks, None)) is not None:
+            asked.append((turn, pool.submit(turn, block._asdict()), block.num_clips))
             turn = next(turns)
         if not asked:
             return
@@ -188,55 +184,49 @@ def _decoded(
 
 
 def decode_job(spec: Json, files: dict[str, int]) -> Job:
-    """What a worker of the packer does: {"clips": [[path, start, end, text], ...]} -> samples and keys in the slot."""
-    reader = AudioReader(spec["cache_mb"])
+    """What a worker of the packer does: a block of the listing -> samples in the slot, then the clips' rows.
+
+    Rows of the table are made here as well, since the one process that writes is what the others wait for.
+    """
+    # A file that is a clip as a whole is read once; only what several clips are cut from is worth remembering.
+    whole, parts = AudioReader(cache_mb=0), AudioReader(spec["cache_mb"])
+    listing = open(spec["listing"], "rb", buffering=0)  # noqa: SIM115 - as long as the worker lives
 
     def decode(command: Json, slot: Slot) -> Json:
-        pcms, spoken, complaints = [], [], []
-        for place, (path, start_s, end_s, text) in enumerate(command["clips"]):
+        block = ListedBlock(command["offset"], command["num_bytes"], command["num_clips"])
+        pcms, kept, complaints = [], [], []
+        for place, clip in enumerate(clips_at(listing.fileno(), block)):
+            reader = whole if clip.start_s is None and clip.end_s is None else parts
             try:
-                pcms.append(reader.read(path, start_s, end_s))
+                pcms.append(reader.read(clip.audio_path, clip.start_s, clip.end_s))
+                kept.append(clip)
             except AudioError as error:
-                pcms.append(np.zeros(0, dtype=np.int16))
-                complaints.append([place, error.reason, f"{path}: {error.detail}"])
-            spoken.append(run_groups(normalise_term(text)))
-        np.concatenate(pcms, out=slot.allocate(sum(map(len, pcms))))
-        numbers = (
-            [audio_key(pcm_S) for pcm_S in pcms],
-            [len(pcm_S) for pcm_S in pcms],
-            list(itertools.chain.from_iterable(spoken)),
-            list(map(len, spoken)),
-        )
-        return {
-            "columns": [slot.store(np.array(column, dtype=np.int64)) for column in numbers],
-            "complaints": complaints,
+                complaints.append([place, error.reason, clip.source, f"{clip.audio_path}: {error.detail}"])
+        num_samples = np.array([len(pcm_S) for pcm_S in pcms], dtype=np.int64)
+        np.concatenate([*pcms, _NONE], out=slot.allocate(int(num_samples.sum())))
+        rows = rows_of(kept, packed=True) | {
+            "duration_s": num_samples / SAMPLE_RATE,
+            "num_samples": num_samples,
+            "audio_key": np.array([audio_key(pcm_S) for pcm_S in pcms], dtype=np.int64),
         }
+        placed = {name: [*slot.store(column), column.dtype.name] for name, column in rows.items()}
+        return {"columns": placed, "complaints": complaints, "num_listed": block.num_clips}
 
     return decode
+
+
+_NONE = np.zeros(0, dtype=np.int16)
 
 
 # --------------------------------------------------------------------------------------------------- index and manifest
 
 
 def _finish(folder: Path, work: Path, stored: Stored, drops: DropLog, listing: str) -> Manifest:
-    clips = read_listing(work / LISTING)
-    writer = TableWriter(work, with_spoken=True, packed=True)
-    for rows in stored.rows():
-        complaints = {place: (reason, detail) for place, reason, detail in json.loads(rows["complaints"].tobytes())}
-        spoken_ends = np.cumsum(rows["num_spoken"])
-        columns = (rows["start"], rows["length"], rows["key"], spoken_ends, rows["num_spoken"])
-        for place, (start, length, key, end, count) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            clip = next(clips)
-            if start < 0:
-                drops.add(complaints[place][0], clip.source, complaints[place][1])
-                continue
-            writer.append(
-                replace(clip, duration_s=length / SAMPLE_RATE),
-                sample_start=start,
-                num_samples=length,
-                audio_key=key,
-                spoken_groups=rows["spoken"][end - count : end],
-            )
+    writer = TableWriter(work, packed=True)
+    for rows, complaints in stored.rows():
+        for reason, source, detail in complaints:
+            drops.add(reason, source, detail)
+        writer.extend(rows)
     drops.write(folder / DROPS)
     drops.check()
     if not writer.num_clips:

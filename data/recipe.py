@@ -16,11 +16,13 @@ from data.mined import ClipNegatives
 from data.phrases import Found
 from data.settings import DataSettings
 from data.slots import anonymous_file
-from data.table import ClipTable, TableWriter
+from data.table import ClipTable
+from data.table_writer import TableWriter, rows_of
 from data.terms import variant_group
 from data.timed_words import Prompt
 from data.windows import Windows
 
+TABLE_BLOCK = 1024  # clips: temporary lists of one block only
 NUMBERS = ("batch_size", "seed", "rank", "world_size", "num_windows")
 
 
@@ -49,8 +51,8 @@ class Recipe:
 def shared_table(clips: Sequence[Clip]) -> tuple[int, ClipTable]:
     """Clips as a table in a memory file, and that file's descriptor (closed with the process)."""
     writer = TableWriter()
-    for clip in clips:
-        writer.append(clip)
+    for first in range(0, len(clips), TABLE_BLOCK):
+        writer.extend(rows_of(clips[first : first + TABLE_BLOCK]))
     descriptor = anonymous_file("table")
     with open(descriptor, "wb", closefd=False) as file:
         writer.write(file)

@@ -1,10 +1,10 @@
 """The shards of a packing under way: those that are finished, and the one that is being written.
 
-    rows-00000.safetensors     what became of each clip of shard 0's blocks, in the order of the listing
-        start, length, key     first sample (-1: dropped), number of samples, 64-bit key of the samples
-        spoken, num_spoken     variant groups of the runs of words of the clips' texts, and how many each has
-        complaints             JSON: [[row, reason, detail], ...] of dropped clips
-        sha256, size           of the shard
+    block-00000.safetensors    the clips of shard 0, in the order of the listing
+        sample_start, text_bytes, ...   the block of rows that the index takes (data/table_writer.py)
+        complaints                      JSON: [[place, reason, source, detail], ...] of dropped clips
+        num_listed                      clips, dropped ones included
+        sha256, size                    of the shard
 
 Samples that are stored already are found by key and compared byte by byte, so the same audio is stored once.
 """
@@ -23,6 +23,7 @@ import numpy as np
 from data.columns import map_columns, write_columns
 from data.reader import SAMPLE_BYTES
 from data.shards import FileEntry, replaced_file, shard_name, sync_folder
+from data.table_writer import joined_rows
 from data.worker import Json
 
 PIECE_BYTES = 1 << 17
@@ -48,17 +49,19 @@ class Stored:
             partial.unlink()
 
     def _rows_path(self, number: int) -> Path:
-        return self.work / f"rows-{number:05d}.safetensors"
+        return self.work / f"block-{number:05d}.safetensors"
 
-    def rows(self) -> Iterator[dict[str, np.ndarray]]:
+    def rows(self) -> Iterator[tuple[dict[str, np.ndarray], list[list[str]]]]:
+        """Of each shard, the rows of its clips, and reason, source and detail of those that were dropped."""
         for number in range(len(self.files)):
-            yield map_columns(self._rows_path(number))
+            rows = map_columns(self._rows_path(number))
+            yield rows, [complaint[1:] for complaint in json.loads(rows["complaints"].tobytes())]
 
     def _add(self, rows: dict[str, np.ndarray], entry: FileEntry) -> None:
-        start, length, key = rows["start"], rows["length"], rows["key"]
-        fresh = (length > 0) & (start >= self.num_samples)
+        start, length, key = rows["sample_start"], rows["num_samples"], rows["audio_key"]
+        fresh = start >= self.num_samples
         self.files.append(entry)
-        self.num_clips += len(start)
+        self.num_clips += int(rows["num_listed"][0])
         self.num_samples += entry.size // SAMPLE_BYTES
         self._keys = np.concatenate([self._keys, key[fresh]])
         by_key = np.argsort(self._keys, kind="stable")
@@ -99,15 +102,9 @@ class OpenShard:
         self.digest = hashlib.sha256()
         self.first = stored.num_samples
         self.num_samples = 0
-        self.columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("start", "length", "key", "spoken", "num_spoken")
-        }
-        self.complaints: list[list[Any]] = []  # [place in the shard's rows, reason, detail]
-
-    @property
-    def num_clips(self) -> int:
-        """Clips of the listing that were dealt with."""
-        return sum(map(len, self.columns["start"]))
+        self.blocks: list[dict[str, np.ndarray]] = []
+        self.complaints: list[list[Any]] = []
+        self.num_clips = 0  # of the listing that were dealt with
 
     @property
     def num_bytes(self) -> int:
@@ -115,14 +112,14 @@ class OpenShard:
 
     def add(self, answer: Json, memory: memoryview) -> None:
         """The block that a worker decoded: samples that are new go to the file in as few writes as possible."""
-        key, length, spoken, num_spoken = (
-            np.frombuffer(memory, dtype=np.int64, count=count, offset=offset) for offset, count in answer["columns"]
-        )
-        start = np.full(len(key), -1, dtype=np.int64)
+        rows = {
+            name: np.frombuffer(memory, dtype, count, offset).copy()
+            for name, (offset, count, dtype) in answer["columns"].items()
+        }
+        key, length = rows["audio_key"], rows["num_samples"]
+        start = np.zeros(len(key), dtype=np.int64)
         pending = position = 0  # samples of the block: [pending, position) are to be written
         for place, (one_key, samples) in enumerate(zip(key.tolist(), length.tolist(), strict=True)):
-            if not samples:
-                continue
             content = memory[position * SAMPLE_BYTES : (position + samples) * SAMPLE_BYTES]
             known = self._known(one_key, samples, content, memory, pending)
             if known is None:
@@ -135,11 +132,9 @@ class OpenShard:
                 position += samples
                 pending = position
         self._write(memory[pending * SAMPLE_BYTES : position * SAMPLE_BYTES])
-        base = self.num_clips
-        self.complaints += [[base + place, reason, detail] for place, reason, detail in answer["complaints"]]
-        found = {"start": start, "length": length, "key": key, "spoken": spoken, "num_spoken": num_spoken}
-        for name, values in found.items():
-            self.columns[name].append(values.copy())
+        self.complaints += [[self.num_clips + place, *why] for place, *why in answer["complaints"]]
+        self.blocks.append(rows | {"sample_start": start})
+        self.num_clips += answer["num_listed"]
 
     def _known(self, key: int, samples: int, content: memoryview, memory: memoryview, pending: int) -> int | None:
         """Where the same samples are stored already; the bytes decide, the key only says where to look."""
@@ -177,8 +172,9 @@ class OpenShard:
     def finish(self) -> None:
         os.fsync(self.file.fileno())
         self.file.close()
-        rows = {name: np.concatenate(parts) if parts else np.zeros(0, np.int64) for name, parts in self.columns.items()}
+        rows = joined_rows(self.blocks)
         text = np.frombuffer(json.dumps(self.complaints).encode(), dtype=np.uint8)
         sha256 = np.frombuffer(self.digest.hexdigest().encode(), dtype=np.uint8)
         rows |= {"complaints": text, "sha256": sha256, "size": np.array([self.num_bytes])}
+        rows["num_listed"] = np.array([self.num_clips])
         self.stored.finish_shard(self.partial, rows)

@@ -15,17 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import BinaryIO, overload
+from typing import overload
 
 import numpy as np
 
 from data.clip import Clip
-from data.columns import Columns, Spool, Strings, StringSpool, write_columns
+from data.columns import Columns, Strings
 from data.containers import Place
 from data.groups import GroupSet
 from data.reader import SAMPLE_BYTES
-from data.terms import key64, normalise_term, run_groups, variant_group
+from data.terms import key64
 
 TEXTS = tuple(field.name for field in fields(Clip) if field.type == "str")
 # Of each clip; those that a table may lack are marked below.
@@ -222,121 +221,6 @@ def rows_shared_with(
     rows = {name: np.flatnonzero(GroupSet(keys).holds(columns[name])).tolist() for name, keys in wanted.items()}
     alike = sorted({*rows["segment_key"], *rows["path_key"]})
     return [table.as_listed(row) for row in alike], rows["audio_key"]
-
-
-class TableWriter:
-    """Takes clips one at a time; what it holds in memory does not grow with the texts."""
-
-    def __init__(self, folder: str | Path | None = None, *, with_spoken: bool = False, packed: bool = False) -> None:
-        """`folder`: of temporary files. `with_spoken`: also the groups of all runs of words of each text."""
-        self._texts = {field: StringSpool(folder) for field in TEXTS}
-        per_clip = PER_CLIP | (PACKED if packed else {})
-        self._per_clip = {field: Spool(kind, folder) for field, kind in per_clip.items()}
-        self._vocabularies = {"term": Vocabulary(folder), "surface": Vocabulary(folder)}
-        self._rows = {f"{row}_indptr": Spool(np.int64, folder) for row in ROWS}
-        self._owners = {f"{row}_{part}": Spool(np.int64, folder) for row, parts in ROWS.items() for part in parts}
-        self._spoken = {"indptr": Spool(np.int64, folder), "groups": Spool(np.int64, folder)} if with_spoken else {}
-        for spool in (*self._rows.values(), *(s for name, s in self._spoken.items() if name == "indptr")):
-            spool.append(0)
-        self.num_clips = 0
-
-    def append(
-        self,
-        clip: Clip,
-        *,
-        sample_start: int = 0,
-        num_samples: int = 0,
-        audio_key: int = 0,
-        spoken_groups: np.ndarray | None = None,
-    ) -> None:
-        """`spoken_groups`: of the clip's text, where they are known already."""
-        self.num_clips += 1
-        for field, spool in self._texts.items():
-            spool.append(getattr(clip, field))
-        key = normalise_term(clip.text)
-        values = {
-            "start_s": math.nan if clip.start_s is None else clip.start_s,
-            "end_s": math.nan if clip.end_s is None else clip.end_s,
-            "duration_s": math.nan if clip.duration_s is None else clip.duration_s,
-            "text_key": key64(key) if key else 0,
-            "sample_start": sample_start,
-            "num_samples": num_samples,
-            "audio_key": audio_key,
-        }
-        if "path_key" in self._per_clip:
-            values |= {"path_key": key64(clip.audio_path), "segment_key": key64(clip.segment_id)}
-        for field, spool_ in self._per_clip.items():
-            spool_.append(values[field])
-        for row, words in {"positive": clip.terms, "ignored": clip.ignored}.items():
-            spool_ = self._owners[f"{row}_terms"]
-            for term in words:
-                spool_.append(self._vocabularies["term"].add(term))
-            self._rows[f"{row}_indptr"].append(spool_.num_values)
-        for surface in clip.surfaces:
-            self._owners["positive_surfaces"].append(self._vocabularies["surface"].add(surface))
-        if self._spoken:
-            groups = run_groups(key) if spoken_groups is None else spoken_groups
-            self._spoken["groups"].extend(groups)
-            self._spoken["indptr"].append(self._spoken["groups"].num_values)
-
-    def write(self, file: BinaryIO) -> None:
-        """The table as one safetensors file; the writer is used up."""
-        columns: dict[str, Spool | np.ndarray] = {**self._per_clip, **self._rows}
-        for field, strings in self._texts.items():
-            columns |= strings.columns(field)
-        terms = StringSpool()
-        keys, groups = Spool(np.int64), Spool(np.int64)
-        place_of: dict[str, np.ndarray] = {}
-        for name, vocabulary in self._vocabularies.items():
-            strings = terms if name == "term" else StringSpool()
-            place_of[name] = vocabulary.settle(strings)
-            columns |= strings.columns(name)
-        for row, parts in ROWS.items():
-            for part in parts:
-                numbers = self._owners[f"{row}_{part}"].read()
-                columns[f"{row}_{part}"] = place_of[part.removesuffix("s")][numbers].astype(np.int32)
-        distinct = terms.settled()
-        for row_number in range(len(distinct)):
-            keys.append(key64(distinct[row_number]))
-            groups.append(variant_group(distinct[row_number]))
-        columns |= {"term_key": keys, "term_group": groups}
-        columns |= {f"spoken_{name}": spool for name, spool in self._spoken.items()}
-        write_columns(file, columns)
-
-
-class Vocabulary:
-    """Strings as they come, numbered; equal ones become one row at the end.
-
-    A dictionary would take some 150 bytes a distinct string; 64-bit keys sorted at the end take 16.
-    """
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self._strings, self._keys = StringSpool(folder), Spool(np.int64, folder)
-        self._recent: dict[str, int] = {}
-
-    def add(self, value: str) -> int:
-        """The number of this occurrence."""
-        number = self._recent.get(value)
-        if number is None:
-            number = self._keys.num_values
-            self._strings.append(value)
-            self._keys.append(key64(value))
-            if len(self._recent) >= 1 << 16:
-                self._recent.clear()
-            self._recent[value] = number
-        return number
-
-    def settle(self, out: StringSpool) -> np.ndarray:
-        """Write the distinct strings to `out`, in order of appearance; int64, the row of each occurrence."""
-        keys = self._keys.read()
-        _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        by_appearance = np.argsort(first, kind="stable")
-        rank = np.empty_like(by_appearance)
-        rank[by_appearance] = np.arange(len(by_appearance))
-        strings = self._strings.settled()
-        for number in first[by_appearance].tolist():
-            out.append(strings[number])
-        return rank[inverse]
 
 
 def _or_none(value: float) -> float | None:

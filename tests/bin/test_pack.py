@@ -1,13 +1,17 @@
 """The program: packs, finds its work done, verifies, and its folder trains as the loose files do."""
 
+import io
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import bin.train
 from bin.config import parse
-from bin.pack import main
+from bin.pack import _Bar, main
 from tests.bin.test_train import metrics
 
 Flags = Callable[..., list[str]]
@@ -29,6 +33,23 @@ def test_it_packs_once_and_verifies(packed: Path, tones: Path, capsys: pytest.Ca
     shard.write_bytes(b"\0\0" + shard.read_bytes()[2:])
     assert main([*flags, "--verify"]) == 1
     assert "shard-00000.pcm: the content is not what was packed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_bar_shows_rate_and_time_left_on_a_terminal_alone(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr("bin.pack.console", Console(file=out, force_terminal=terminal, width=140))
+    with _Bar("pack", "clips") as bar:
+        bar.show(500, 1_000)  # by an earlier run
+        time.sleep(0.05)
+        bar.show(600, 1_000)
+    if not terminal:
+        assert out.getvalue() == ""
+        return
+    last = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).splitlines() if line.strip()][-1]
+    shown = re.search(r"600 of 1,000 clips  ([\d,]+)/s \d:\d\d:\d\d left 0:00:0\d", last)
+    assert shown, last
+    assert 0 < int(shown[1].replace(",", "")) <= 2_000, "100 clips in 0.05 s or somewhat more"
 
 
 @pytest.mark.parametrize(

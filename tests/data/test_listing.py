@@ -2,7 +2,7 @@ import pytest
 
 from data.clips import iterate_clips, load_clips
 from data.drops import DropLog
-from data.listing import read_listing, write_listing
+from data.listing import blocks_of, clips_at, read_listing, write_listing
 
 
 @pytest.fixture
@@ -46,3 +46,22 @@ def test_it_lists_what_loading_gives(rows, samples, settings, tmp_path):
 def test_nothing_gives_an_empty_list(tmp_path):
     assert write_listing([], tmp_path / "list", DropLog())[0] == 0
     assert list(read_listing(tmp_path / "list")) == []
+
+
+@pytest.mark.parametrize("first", [0, 3, 5])
+def test_blocks_are_the_listing_wherever_one_begins(rows, samples, settings, tmp_path, first):
+    path = tmp_path / "list"
+    write_listing(iterate_clips(samples(rows), settings, DropLog()), path, DropLog())
+    with open(path, "rb") as file:
+        blocks = [clips_at(file.fileno(), block) for block in blocks_of(path, 2, first)]
+    assert [len(block) for block in blocks[:-1]] == [2] * (len(blocks) - 1)
+    assert [clip for block in blocks for clip in block] == list(read_listing(path))[first:]
+
+
+def test_a_run_of_clips_listed_once_is_copied_around_one_that_is_not(clip, tmp_path, monkeypatch):
+    """Whatever the size of the pieces; two runs, a record that came twice between them."""
+    monkeypatch.setattr("data.listing.COPY_BYTES", 100)
+    clips = [clip(f"c{number}", f"{number}.wav", text=f"\r \u2028 {number}") for number in range(9)]
+    write_listing([*clips, clips[4]], tmp_path / "list", drops := DropLog())
+    assert list(read_listing(tmp_path / "list")) == clips
+    assert drops.counts == {"duplicate": 1}

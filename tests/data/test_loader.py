@@ -9,8 +9,10 @@ import pytest
 
 from data.drops import DropLog
 from data.loader import Loader, iterate_in_order
+from data.packing import pack_clips
 from data.pool import WorkerError
 from data.settings import DataSettings
+from data.shards import open_packed
 from data.terms import variant_group
 from data.windows import Prompt, Windows
 from tests.data.processes import child_processes
@@ -85,6 +87,40 @@ def test_resuming_in_an_epoch_sees_the_next_batch(loader):
     whole = ids(loader().epoch(5))
     assert ids(loader().epoch(5, start_step=1)) == whole[1:]
     assert ids(loader().epoch(5, start_step=3)) == []
+
+
+@pytest.fixture(params=["loose", "packed"])
+def many(request, clip, wav, tmp_path):
+    """42 clips, 3 batches of 12 and one of 6, as loose files or in a packed folder."""
+    made = []
+    for number in range(42):
+        seconds = 0.05 + 0.01 * number
+        path = wav(f"many-{number}.wav", seconds=seconds, hertz=200.0 + 10 * number)
+        made.append(clip(f"c{number}", path, text=f"text {number}", terms=(f"term {number % 9}",), duration_s=seconds))
+    if request.param == "loose":
+        return made
+    pack_clips(made, tmp_path / "packed", DropLog())
+    return open_packed(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
+@pytest.mark.parametrize("stopped_at", [1, 3])
+def test_a_run_that_goes_on_at_another_world_size_sees_each_clip_once_in_the_epoch(
+    loader, many, before, after, stopped_at
+):
+    def seen(world_size, start, stop):
+        ranks = [loader(12, clips=many, seed=5, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert {rank.steps_per_epoch for rank in ranks} == {4}
+        parts = [list(itertools.islice(rank.epoch(2, start), stop - start)) for rank in ranks]
+        assert all(len(part) == stop - start for part in parts)
+        return [(name, size) for part in parts for batch in part
+                for name, size in zip(batch.clip_ids, batch.num_samples, strict=True)]  # fmt: skip
+
+    first, rest = seen(before, 0, stopped_at), seen(after, stopped_at, 4)
+    assert sorted(first + rest) == sorted((f"c{number}", 800 + 160 * number) for number in range(42))
+    whole = loader(12, clips=many, seed=5)
+    assert {name for name, _ in rest} == set(flat(ids(whole.epoch(2, stopped_at)))), "exactly what was to come"
+    assert whole.fingerprint == loader(12, clips=many, seed=5, world_size=after).fingerprint
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])

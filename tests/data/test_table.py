@@ -1,11 +1,10 @@
-import io
-
 import numpy as np
 import pytest
 
-from data.columns import StringSpool, map_columns
+from data.columns import map_columns
 from data.recipe import shared_table
-from data.table import ClipTable, TableWriter, Vocabulary, rows_shared_with, terms_of
+from data.table import ClipTable, rows_shared_with, terms_of
+from data.table_writer import TableWriter, rows_of
 from data.terms import key64, run_groups, variant_group
 
 
@@ -20,9 +19,9 @@ def clips(clip):
 
 @pytest.fixture
 def packed(clips, tmp_path):
-    writer = TableWriter(tmp_path, with_spoken=True, packed=True)
-    for number, clip in enumerate(clips):
-        writer.append(clip, sample_start=100 * number, num_samples=50, audio_key=number + 1)
+    writer = TableWriter(tmp_path, packed=True)
+    samples = {"sample_start": [0, 100, 200], "num_samples": [50] * 3, "audio_key": [1, 2, 3]}
+    writer.extend(rows_of(clips, packed=True) | {name: np.array(values) for name, values in samples.items()})
     path = tmp_path / "index"
     with open(path, "wb") as file:
         writer.write(file)
@@ -76,28 +75,6 @@ def test_rows_that_other_clips_share_are_found_by_keys(packed, clip):
     assert [found.clip_id for found in near] == ["b", "c"]
     assert near[1].audio_path == "y.wav"
     assert rows == [2]
-
-
-def test_a_vocabulary_numbers_equal_strings_alike_in_order_of_appearance():
-    vocabulary, out = Vocabulary(), StringSpool()
-    words = [f"w{number % 70_000}" for number in range(140_000)]  # more than are remembered at a time
-    numbers = [vocabulary.add(word) for word in words]
-    places = vocabulary.settle(out)
-    settled = out.settled()
-    assert len(settled) == 70_000
-    some = [settled[int(places[numbers[at]])] for at in (0, 69_999, 70_000, 139_999)]
-    assert some == ["w0", "w69999", "w0", "w69999"]
-
-
-def test_the_same_clips_give_the_same_bytes(clips):
-    written = []
-    for _ in range(2):
-        writer, file = TableWriter(), io.BytesIO()
-        for clip in clips:
-            writer.append(clip)
-        writer.write(file)
-        written.append(file.getvalue())
-    assert written[0] == written[1]
 
 
 def damaged(table, **columns):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from data.audio import AudioError, read_pcm
+from data.audio import AudioError, decode_for, read_pcm
 from data.wav import plain_wav
 
 PCM = np.random.default_rng(5).integers(-3000, 3000, 1600).astype(np.int16)
@@ -43,9 +43,15 @@ def test_any_header_byte_that_differs_leaves_the_file_to_libsndfile():
 def test_the_samples_are_those_of_the_long_way(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     path.write_bytes(wav())
-    short = [read_pcm(path), read_pcm(path, 0.02, 0.05)]
+
+    def read():
+        info, whole = decode_for(path, 0.02, 0.05)
+        assert (info.frames, info.rate, info.channels) == (len(whole), 16_000, 1)
+        return [read_pcm(path), read_pcm(path, 0.02, 0.05), whole]
+
+    short = read()
     monkeypatch.setattr("data.audio.plain_wav", lambda content: None)
-    for mine, long in zip(short, [read_pcm(path), read_pcm(path, 0.02, 0.05)], strict=True):
+    for mine, long in zip(short, read(), strict=True):
         np.testing.assert_array_equal(mine, long)
 
 

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
+import soundfile as sf
 
+from data.audio import read_pcm
 from data.checks import check_clips
 from data.formats.nemo_manifest import line_of
 
@@ -76,3 +79,41 @@ def test_a_clip_written_out_is_read_as_the_same_clip(manifest, load, settings, t
     [again], _ = load(tmp_path / "out.json")
     same = ("clip_id", "audio_path", "start_s", "end_s", "text", "terms", "ignored", "surfaces")
     assert [getattr(again, name) for name in same] == [getattr(clip, name) for name in same]
+
+
+def test_a_manifest_of_the_documented_form_goes_through_us_unchanged(load, glossary, settings, tmp_path):
+    """Against NeMo's documentation, not its code: the toolkit is too heavy to install for a test.
+
+    Documented for ASR: one JSON object a line, `audio_filepath` (absolute, or relative to the manifest), `text`,
+    `duration` in seconds, and optionally `offset` in seconds from the file's start. NeMo then reads `duration` seconds
+    from `offset` on, which is done here by hand.
+    """
+    glossary("pound key", "hold")
+    rng = np.random.default_rng(0)
+    (tmp_path / "audio").mkdir()
+    for name in ("one", "two"):
+        sf.write(tmp_path / "audio" / f"{name}.wav", rng.normal(0, 0.1, 64_000), 16_000, subtype="PCM_16")
+    documented = [
+        {"audio_filepath": str(tmp_path / "audio" / "one.wav"), "text": "press the pound key", "duration": 4.0},
+        {"audio_filepath": "audio/two.wav", "text": "please hold", "duration": 1.5, "offset": 0.75},
+        {"audio_filepath": "audio/two.wav", "text": "the rest", "duration": 1.25, "offset": 2.5},
+    ]
+    source, written = tmp_path / "nemo.json", tmp_path / "written.json"
+    source.write_text("".join(json.dumps(line) + "\n" for line in documented))
+    clips, drops = load(source)
+    clips = check_clips(clips, drops, settings.check_cache_path)
+    assert [clip.terms for clip in clips] == [("pound key",), ("hold",), ()]
+    written.write_text("".join(json.dumps(line_of(clip)) + "\n" for clip in clips))
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    for clip, line, given in zip(clips, lines, documented, strict=True):
+        assert line["audio_filepath"] == str(tmp_path / given["audio_filepath"])
+        assert (line["text"], line["duration"]) == (given["text"], given["duration"])
+        assert line.get("offset", 0.0) == given.get("offset", 0.0)
+        start, frames = round(line.get("offset", 0.0) * 16_000), round(line["duration"] * 16_000)
+        theirs_S, _ = sf.read(line["audio_filepath"], frames=frames, start=start, dtype="int16")
+        np.testing.assert_array_equal(read_pcm(clip.audio_path, clip.start_s, clip.end_s), theirs_S)
+    again, _ = load(written)
+    same = ("audio_path", "start_s", "end_s", "text", "terms", "clip_id")
+    assert [[getattr(clip, name) for name in same] for clip in again] == [
+        [getattr(clip, name) for name in same] for clip in clips
+    ]
