@@ -219,8 +219,10 @@ class TextTower(nn.Module):
         delta_PD, remakes = None, uses_triton(self.kernels, x_PD)
         for i, layer in enumerate(self.layers):
             if i < self.num_checkpointed and torch.is_grad_enabled():
-                # Reentrant checkpointing would give no gradient at all behind a frozen input.
-                x_PD, delta_PD = checkpoint(layer, x_PD, delta_PD, rotary, layout, use_reentrant=False)
+                # Summed here, one tensor is kept instead of two. Reentrant checkpointing would give no gradient at
+                # all behind a frozen input.
+                x_PD = x_PD if delta_PD is None else x_PD + delta_PD
+                x_PD, delta_PD = checkpoint(layer, x_PD, None, rotary, layout, use_reentrant=False)
             else:
                 x_PD, delta_PD = layer(x_PD, delta_PD, rotary, layout, remakes)
         return self.norm.add(x_PD, delta_PD)[1]
