@@ -15,9 +15,10 @@ all of the above. tests/model/test_memory.py counts the tensors that are alive.
 Shapes: P packed tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.audio_tower import AudioConfig
+from model.parking import MOST_WAITING
 from model.text_tower import TextConfig
 
 STATISTICS = 4
@@ -93,12 +94,22 @@ class Plan:
     num_text: int
     bytes_needed: int
     fits: bool
+    parks: bool = False
+    """What goes into recomputed layers waits in host memory (model/parking.py)."""
 
 
-def plan_layers(audio: LayerCost, text: LayerCost, audio_tokens: int, text_tokens: int, room: float) -> Plan:
+def parked(cost: LayerCost) -> LayerCost:
+    """Of layers whose inputs wait in host memory: a few are on their way at a time."""
+    return replace(cost, kept_recomputed=0, work=cost.work + (MOST_WAITING + 1) * cost.kept_recomputed)
+
+
+def plan_layers(
+    audio: LayerCost, text: LayerCost, audio_tokens: int, text_tokens: int, room: float, may_park: bool = False
+) -> Plan:
     """The fewest operations that bring a step over so many tokens into `room` bytes, or all layers if nothing does.
 
-    The tower whose layers free more bytes for an operation goes first, as far as it has to.
+    The tower whose layers free more bytes for an operation goes first, as far as it has to. may_park: where that does
+    not do, inputs of recomputed layers go to host memory.
     """
     chosen = {"audio": 0, "text": 0}
     costs, tokens = {"audio": audio, "text": text}, {"audio": audio_tokens, "text": text_tokens}
@@ -109,6 +120,9 @@ def plan_layers(audio: LayerCost, text: LayerCost, audio_tokens: int, text_token
     for name in sorted(costs, key=lambda name: -costs[name].saved / costs[name].operations):
         while tokens[name] and needed() > room and chosen[name] < costs[name].num_layers:
             chosen[name] += 1
+    if may_park and needed() > room:
+        plan = plan_layers(parked(audio), parked(text), audio_tokens, text_tokens, room)
+        return replace(plan, parks=True)
     return Plan(chosen["audio"], chosen["text"], needed(), needed() <= room)
 
 

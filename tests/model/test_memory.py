@@ -8,7 +8,7 @@ import model.text_tower
 from lora.inject import inject_lora
 from lora.settings import LoraSettings
 from model.audio_tower import AudioConfig, AudioTower
-from model.memory import LayerCost, bytes_needed, clips_in, layer_cost, plan_layers
+from model.memory import LayerCost, bytes_needed, clips_in, layer_cost, parked, plan_layers
 from model.packing import TextPack
 from model.text_tower import TextConfig, TextTower
 from tests.model.kept import bytes_kept
@@ -124,6 +124,17 @@ def test_the_peak_is_at_the_start_or_at_a_layer_that_is_whole_again():
 def test_a_side_without_tokens_is_left_alone():
     audio, text = layer_cost(FULL_AUDIO), layer_cost(FULL_TEXT)
     assert plan_layers(audio, text, 0, 4_000, 1e9).num_audio == 0
+
+
+def test_what_does_not_fit_on_the_device_waits_on_the_host():
+    audio, text = layer_cost(FULL_AUDIO), layer_cost(FULL_TEXT)
+    tokens, room = (83 * 4000, 10 * 4000), 23 * 2**30
+    assert not plan_layers(audio, text, *tokens, room).fits
+    plan = plan_layers(audio, text, *tokens, room, may_park=True)
+    assert plan.fits
+    assert plan.parks
+    assert not plan_layers(audio, text, 83 * 400, 4000, room, may_park=True).parks
+    assert (parked(audio).kept_recomputed, parked(audio).kept) == (0, audio.kept)
 
 
 def test_clips_that_fit():
