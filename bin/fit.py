@@ -56,6 +56,7 @@ def fit_memory(config: Config, model: DualEncoder, batches: Iterable[Batch]) -> 
     if fitted.plan is not None:
         model.audio_tower.num_checkpointed = fitted.plan.num_audio
         model.language_model.num_checkpointed = fitted.plan.num_text
+        model.audio_tower.parks_checkpoints = model.language_model.parks_checkpoints = fitted.plan.parks
     return fitted.clips_per_pass
 
 
@@ -102,11 +103,13 @@ def choose(config: Config, model: DualEncoder, batches: list[Batch], room: float
     audio_tokens, text_tokens = (int(SPREAD * max(column)) for column in zip(*counts, strict=True))
     plan, gib = None, room / 2**30
     if config.model.checkpointing == "auto":
-        plan = plan_layers(audio, text, audio_tokens, text_tokens, room)
+        may_park = model.device.type == "cuda" and config.train.clips_per_pass != "auto"  # passes are faster
+        plan = plan_layers(audio, text, audio_tokens, text_tokens, room, may_park)
         if plan.fits or config.train.clips_per_pass != "auto":
             logger.info(
-                "memory: %d of %d audio and %d of %d text layers are recomputed; a step takes %.1f of %.1f GiB",
-                plan.num_audio, audio.num_layers, plan.num_text, text.num_layers, plan.bytes_needed / 2**30, gib,
+                "memory: %d of %d audio and %d of %d text layers are recomputed%s; a step takes %.1f of %.1f GiB",
+                plan.num_audio, audio.num_layers, plan.num_text, text.num_layers,
+                ", from inputs in host memory" if plan.parks else "", plan.bytes_needed / 2**30, gib,
             )  # fmt: skip
             if not plan.fits:
                 logger.warning("memory: even so a step may not fit; lower batch_size, or use --clips_per_pass auto")

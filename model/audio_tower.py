@@ -22,6 +22,7 @@ from model.convolutions import embed_frames
 from model.kernels import uses_triton
 from model.norms import LayerNorm, stream_dtype
 from model.packing import AudioLayout, SequenceLayout
+from model.parking import Parking
 from model.saved import remade
 
 # Left out by the published config.json of Qwen2-Audio, which relies on transformers' defaults.
@@ -162,6 +163,8 @@ class AudioTower(nn.Module):
         self.kernels = kernels
         self.num_checkpointed = config.num_layers if checkpointing else 0
         """Layers, from the first, that are computed again in the backward pass instead of kept."""
+        self.parks_checkpoints = False
+        """Whether what goes into them waits in host memory."""
         self.conv1 = nn.Conv1d(config.num_mels, config.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(config.max_positions, config.d_model)
@@ -177,10 +180,16 @@ class AudioTower(nn.Module):
         mel_TM = mel_TM.to(stream_dtype(self.conv1.weight))
         x_PD = embed_frames(mel_TM, layout, self.conv1, self.conv2, self.embed_positions, self.kernels)
         delta_PD, remakes = None, uses_triton(self.kernels, x_PD)
+        parking = Parking(x_PD.device) if self.parks_checkpoints else None
         for i, layer in enumerate(self.layers):
             if i < self.num_checkpointed and torch.is_grad_enabled():
-                # Reentrant checkpointing would give no gradient at all behind a frozen input.
-                x_PD, delta_PD = checkpoint(layer, x_PD, delta_PD, layout.tokens, use_reentrant=False)
+                # Summed here, one tensor is kept instead of two. Reentrant checkpointing would give no gradient at
+                # all behind a frozen input.
+                x_PD = x_PD if delta_PD is None else x_PD + delta_PD
+                if parking is not None:
+                    x_PD, delta_PD = parking.run(layer, x_PD, layout.tokens)
+                else:
+                    x_PD, delta_PD = checkpoint(layer, x_PD, None, layout.tokens, use_reentrant=False)
             else:
                 x_PD, delta_PD = layer(x_PD, delta_PD, layout.tokens, remakes)
         if self.config.pool == 2:

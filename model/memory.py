@@ -9,15 +9,16 @@ feed-forward width, J = (H + 2 K) D' columns of q, k and v, C columns of the ada
     feed-forward         F, or 2 F of SwiGLU: the pre-activation
     statistics           2 or 4 fp32 of the norms
 
-Plain torch keeps more, see `layer_cost`. A recomputed layer keeps what goes in, the stream and what is to be added:
-2 D, and one layer at a time all of the above. tests/model/test_memory.py counts the tensors that are alive.
+Plain torch keeps more, see `layer_cost`. A recomputed layer keeps the stream that goes in, D, and one layer at a time
+all of the above. tests/model/test_memory.py counts the tensors that are alive.
 
 Shapes: P packed tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.audio_tower import AudioConfig
+from model.parking import MOST_WAITING
 from model.text_tower import TextConfig
 
 STATISTICS = 4
@@ -44,10 +45,15 @@ class LayerCost:
     def saved(self) -> int:
         return self.kept - self.kept_recomputed
 
+    def bytes_kept(self, num_recomputed: int, num_tokens: int) -> int:
+        """Between a forward and a backward pass over so many tokens."""
+        return num_tokens * (self.num_layers * self.kept - num_recomputed * self.saved)
+
     def bytes_of(self, num_recomputed: int, num_tokens: int) -> int:
-        """What a step over so many tokens takes at its peak. The layer that is being recomputed is whole."""
-        kept = self.num_layers * self.kept - num_recomputed * self.saved
-        return num_tokens * (kept + self.work + (self.kept if num_recomputed else 0))
+        """At the peak of a backward pass: at its start, or at the last of the layers from the first that are
+        recomputed, which then is whole, while those behind it are done with."""
+        recomputed = num_tokens * (num_recomputed * self.kept_recomputed + self.kept) if num_recomputed else 0
+        return max(self.bytes_kept(num_recomputed, num_tokens), recomputed) + num_tokens * self.work
 
 
 def layer_cost(
@@ -73,7 +79,7 @@ def layer_cost(
     return LayerCost(
         num_layers=config.num_layers,
         kept=itemsize * elements + STATISTICS * numbers,
-        kept_recomputed=itemsize * 2 * width,
+        kept_recomputed=itemsize * width,
         # Gradients of the pre-activation and of its product, or of q, k and v, beside those of the stream.
         work=itemsize * (max(pre_activation + ffn, 2 * columns) + 3 * width),
         operations=matrices,
@@ -88,27 +94,47 @@ class Plan:
     num_text: int
     bytes_needed: int
     fits: bool
+    parks: bool = False
+    """What goes into recomputed layers waits in host memory (model/parking.py)."""
 
 
-def plan_layers(audio: LayerCost, text: LayerCost, audio_tokens: int, text_tokens: int, room: float) -> Plan:
+def parked(cost: LayerCost) -> LayerCost:
+    """Of layers whose inputs wait in host memory: a few are on their way at a time."""
+    return replace(cost, kept_recomputed=0, work=cost.work + (MOST_WAITING + 1) * cost.kept_recomputed)
+
+
+def plan_layers(
+    audio: LayerCost, text: LayerCost, audio_tokens: int, text_tokens: int, room: float, may_park: bool = False
+) -> Plan:
     """The fewest operations that bring a step over so many tokens into `room` bytes, or all layers if nothing does.
 
-    The tower whose layers free more bytes for an operation goes first, as far as it has to.
+    The tower whose layers free more bytes for an operation goes first, as far as it has to. may_park: where that does
+    not do, inputs of recomputed layers go to host memory.
     """
-    towers = {"audio": (audio, audio_tokens), "text": (text, text_tokens)}
-    chosen = dict.fromkeys(towers, 0)
+    chosen = {"audio": 0, "text": 0}
+    costs, tokens = {"audio": audio, "text": text}, {"audio": audio_tokens, "text": text_tokens}
 
     def needed() -> int:
-        front = audio_tokens * AUDIO_FRONT_BYTES
-        return max(front, sum(cost.bytes_of(chosen[name], tokens) for name, (cost, tokens) in towers.items()))
+        return bytes_needed(audio, text, audio_tokens, text_tokens, chosen["audio"], chosen["text"])
 
-    for name in sorted(towers, key=lambda name: -towers[name][0].saved / towers[name][0].operations):
-        cost, tokens = towers[name]
-        excess = needed() - room
-        if excess > 0 and tokens > 0:
-            per_layer = tokens * cost.saved
-            chosen[name] = min(cost.num_layers, -(-int(excess + tokens * cost.kept) // per_layer))
+    for name in sorted(costs, key=lambda name: -costs[name].saved / costs[name].operations):
+        while tokens[name] and needed() > room and chosen[name] < costs[name].num_layers:
+            chosen[name] += 1
+    if may_park and needed() > room:
+        plan = plan_layers(parked(audio), parked(text), audio_tokens, text_tokens, room)
+        return replace(plan, parks=True)
     return Plan(chosen["audio"], chosen["text"], needed(), needed() <= room)
+
+
+def bytes_needed(
+    audio: LayerCost, text: LayerCost, audio_tokens: int, text_tokens: int, num_audio: int, num_text: int
+) -> int:
+    """Of a step. The text tower's backward pass comes first, beside all that the audio tower keeps. With nothing
+    recomputed each side may be a CUDA graph, whose memory stays its own."""
+    audio_peak, text_peak = audio.bytes_of(num_audio, audio_tokens), text.bytes_of(num_text, text_tokens)
+    if not num_audio and not num_text:
+        return max(audio_tokens * AUDIO_FRONT_BYTES, audio_peak + text_peak)
+    return max(audio_tokens * AUDIO_FRONT_BYTES, audio_peak, audio.bytes_kept(num_audio, audio_tokens) + text_peak)
 
 
 def clips_in(audio: LayerCost, text: LayerCost, audio_tokens: float, text_tokens: float, room: float) -> int:

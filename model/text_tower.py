@@ -20,6 +20,7 @@ from model.attention import Heads, packed_attention, project
 from model.kernels import uses_triton
 from model.norms import RMSNorm, stream_dtype
 from model.packing import SequenceLayout, TextPack
+from model.parking import Parking
 from model.rotary import Rotary
 from model.saved import remade
 
@@ -198,6 +199,8 @@ class TextTower(nn.Module):
         self.kernels = kernels
         self.num_checkpointed = config.num_layers if checkpointing else 0
         """Layers, from the first, that are computed again in the backward pass instead of kept."""
+        self.parks_checkpoints = False
+        """Whether what goes into them waits in host memory."""
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TextLayer(config, attention, dropout, kernels) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
@@ -217,10 +220,16 @@ class TextTower(nn.Module):
             self.config.rope_theta, self.config.head_dim, layout.max_len, x_PD.dtype, layout.place_P.device
         )
         delta_PD, remakes = None, uses_triton(self.kernels, x_PD)
+        parking = Parking(x_PD.device) if self.parks_checkpoints else None
         for i, layer in enumerate(self.layers):
             if i < self.num_checkpointed and torch.is_grad_enabled():
-                # Reentrant checkpointing would give no gradient at all behind a frozen input.
-                x_PD, delta_PD = checkpoint(layer, x_PD, delta_PD, rotary, layout, use_reentrant=False)
+                # Summed here, one tensor is kept instead of two. Reentrant checkpointing would give no gradient at
+                # all behind a frozen input.
+                x_PD = x_PD if delta_PD is None else x_PD + delta_PD
+                if parking is not None:
+                    x_PD, delta_PD = parking.run(layer, x_PD, rotary, layout)
+                else:
+                    x_PD, delta_PD = checkpoint(layer, x_PD, None, rotary, layout, use_reentrant=False)
             else:
                 x_PD, delta_PD = layer(x_PD, delta_PD, rotary, layout, remakes)
         return self.norm.add(x_PD, delta_PD)[1]

@@ -22,7 +22,7 @@ def test_a_side_prints_a_line_a_size(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_gradient_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = Shapes.of(tiny=True)
     training = Training(build(shapes, CPU))
-    fed = batches(shapes, CPU, 2, 2)
+    fed = batches(shapes, CPU, 2, 3)
     real = iter(fed)
     monkeypatch.setattr(memory, "gradient", lambda training, _: memory_gradient(training, next(real)))
     with pytest.raises(RuntimeError, match="gradient with recomputed layers: cosine"):
@@ -39,7 +39,7 @@ def test_a_plan_is_set() -> None:
 
 
 def test_parts_become_rows_and_the_largest_that_fits_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = {"num_audio": 0, "num_text": 0, "peak_gib": 30.0, "before_gib": 15.0, "formula_gib": 14.0,
+    line = {"num_audio": 0, "parks": False, "num_text": 0, "peak_gib": 30.0, "before_gib": 15.0, "formula_gib": 14.0,
             "audio_mib_a_clip": 60.0, "text_mib_a_clip": 30.0}  # fmt: skip
     sides = {
         "whole": [line | {"clips": 240}, line | {"clips": 280, "out_of_memory": True}],
