@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from losses.dots import pair_dots, statistics_dtype
+from losses.dots import add_at, pair_dots, statistics_dtype
 from losses.infonce import floor_of, weighted_sum
 from losses.pairs import LocalPairs, Pairs
 from losses.scores import UnitRows
@@ -104,8 +104,8 @@ def hard_negative_tiled(
     negatives_BH = found_BH[0] if bank is None else with_bank(found_BH[0], found_BH[1], k)
     lse_B = log_sum_of(negatives_BH, inv_temperature)
     loss_P = softplus(lse_B[row_P] - cosine_P * inv_temperature).masked_fill(~is_pair_P, 0.0)
-    loss_B = torch.zeros_like(lse_B).index_add(0, row_P, loss_P)
-    num_positives_B = torch.zeros_like(lse_B).index_add(0, row_P, is_pair_P.to(dtype))
+    loss_B = add_at(torch.zeros_like(lse_B), r.positives_BN.row_P, loss_P)
+    num_positives_B = add_at(torch.zeros_like(lse_B), r.positives_BN.row_P, is_pair_P.to(dtype))
     return weighted_sum(loss_B / num_positives_B.clamp(min=1), r.audio_term_weight_B)
 
 

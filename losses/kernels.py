@@ -1,7 +1,7 @@
 """Triton kernels of the tiled InfoNCE (losses/tiled.py says what they compute, and is their reference).
 
-  _tile_sums        one tile of scores -> its rows' and its columns' log-sum-exps; a small sum over tiles follows
-  _tile_gradient    one tile of scores again -> G = d loss / d scores, bf16, into a panel of PANEL x PANEL that stays in
+  tile_sums         one tile of scores -> its rows' and its columns' log-sum-exps; a small sum over tiles follows
+  tile_gradient     one tile of scores again -> G = d loss / d scores, bf16, into a panel of PANEL x PANEL that stays in
                     the cache, where two matrix products of the library add it to d rows and d cols
 
 Products run on the tensor cores in bf16 with fp32 sums. bf16 embeddings go in as they are. Those of fp32 are split,
@@ -22,8 +22,13 @@ Shapes: R rows, C columns, E embedding (padded to a multiple of 64), P pairs.
 import triton
 import triton.language as tl
 
-TILE = 128  # rows of a tile, and columns of the places that pairs are sorted by
+TILE_ROWS, TILE = 64, 128  # rows and columns of a tile, which are also the places that pairs are sorted by
 STEP = 64  # of the embedding's width
+# The one way in which all kernels here are launched, as nothing is to be tuned before the first step. Taller tiles read
+# less, but with 128 rows the gradient's kernel fills all 255 registers of a thread and half of the warps; so, it takes
+# 128 of them on compute capability 8.0 and 9.0 alike, spills none, and two tiles share a processor: one multiplies
+# while the other takes exponentials. Buffers are 72 KiB a tile.
+LAUNCH = {"BM": TILE_ROWS, "BN": TILE, "BK": STEP, "GROUP": 16, "num_warps": 8, "num_stages": 3}
 PANEL = 4096  # 32 MiB of G in bf16
 LOG2E = 1.4426950408889634
 FAST = 50.0  # twice this, as an exponent of 2, is well inside of fp32
@@ -58,11 +63,11 @@ def tile_scores(
 @triton.jit
 def at_pairs(
     tile, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, value_ptr, at,
-    WIDTH: tl.constexpr, ADD: tl.constexpr, fill,
+    ADD: tl.constexpr, fill,
 ):  # fmt: skip
-    """The tile with `fill` at the pairs in it, or with their values added. `at`: the first of its WIDTH places."""
+    """The tile with `fill` at the pairs in it, or with their values added. `at`: its place."""
     p = tl.load(starts_ptr + at)
-    last = tl.load(starts_ptr + at + WIDTH)
+    last = tl.load(starts_ptr + at + 1)
     while p < last:
         here = (rows == tl.load(pair_row_ptr + p))[:, None] & (cols == tl.load(pair_col_ptr + p))[None, :]
         if ADD:
@@ -83,7 +88,7 @@ def tile_of(program, num_row_tiles, num_col_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _tile_sums(
+def tile_sums(
     a_ptr, b_ptr, scale_ptr, reach_ptr, row_bias_ptr, col_bias_ptr, starts_ptr, pair_row_ptr, pair_col_ptr,
     row_part_ptr, col_part_ptr, num_rows, num_cols, a_stride, b_stride,
     E: tl.constexpr, SPLIT_A: tl.constexpr, SPLIT_B: tl.constexpr, SYMMETRIC: tl.constexpr, PAIRS: tl.constexpr,
@@ -99,29 +104,28 @@ def _tile_sums(
     score = score * tl.load(scale_ptr)  # logarithms are to base 2 throughout
     reach = tl.load(reach_ptr)
     col_bias = tl.load(col_bias_ptr + cols, mask=cols < num_cols, other=-float("inf"))
-    WIDTH: tl.constexpr = BN // 128
-    at = row_tile * tl.cdiv(num_cols, 128) + col_tile * WIDTH
+    at = row_tile * tl.cdiv(num_cols, BN) + col_tile
     if SYMMETRIC:
         row_bias = tl.load(row_bias_ptr + rows, mask=rows < num_rows, other=-float("inf"))
     if reach < FAST:
         p = tl.exp2(score - reach)
         if PAIRS:
-            p = at_pairs(p, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, WIDTH, False, 0.0)
+            p = at_pairs(p, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, False, 0.0)
         row_lse = reach + tl.log2(tl.sum(p * tl.exp2(col_bias)[None, :], axis=1))
-        tl.store(row_part_ptr + col_tile * WIDTH * num_rows + rows, row_lse, mask=rows < num_rows)
+        tl.store(row_part_ptr + col_tile * num_rows + rows, row_lse, mask=rows < num_rows)
         if SYMMETRIC:
             col_lse = reach + tl.log2(tl.sum(p * tl.exp2(row_bias)[:, None], axis=0))
             tl.store(col_part_ptr + row_tile * num_cols + cols, col_lse, mask=cols < num_cols)
     else:
         if PAIRS:
             score = at_pairs(
-                score, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, WIDTH, False, -float("inf")
+                score, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, False, -float("inf")
             )
         biased = score + col_bias[None, :]
         top = tl.max(biased, axis=1)
         top = tl.where(top == -float("inf"), 0.0, top)
         row_lse = top + tl.log2(tl.sum(tl.exp2(biased - top[:, None]), axis=1))
-        tl.store(row_part_ptr + col_tile * WIDTH * num_rows + rows, row_lse, mask=rows < num_rows)
+        tl.store(row_part_ptr + col_tile * num_rows + rows, row_lse, mask=rows < num_rows)
         if SYMMETRIC:
             biased = score + row_bias[:, None]
             col_top = tl.max(biased, axis=0)
@@ -131,7 +135,7 @@ def _tile_sums(
 
 
 @triton.jit
-def _tile_gradient(
+def tile_gradient(
     a_ptr, b_ptr, g_ptr, scale_ptr, reach_ptr,
     row_bias_ptr, col_bias_ptr, row_lse_ptr, col_lse_ptr, d_row_ptr, d_col_ptr,
     starts_ptr, pair_row_ptr, pair_col_ptr, pos_starts_ptr, pos_row_ptr, pos_col_ptr, pos_value_ptr,
@@ -171,10 +175,9 @@ def _tile_gradient(
         g = d_row[:, None] * tl.exp2(score + col_bias[None, :] - row_lse[:, None])
         if SYMMETRIC:
             g += d_col[None, :] * tl.exp2(score + row_bias[:, None] - col_lse[None, :])
-    WIDTH: tl.constexpr = BN // 128
-    at = (row_start // BM + row_tile) * tl.cdiv(num_cols, 128) + col_start // 128 + col_tile * WIDTH
+    at = (row_start // BM + row_tile) * tl.cdiv(num_cols, BN) + col_start // BN + col_tile
     if PAIRS:
-        g = at_pairs(g, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, WIDTH, False, 0.0)
+        g = at_pairs(g, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, False, 0.0)
     if KEYS:
         row_key = tl.load(row_key_ptr + rows, mask=row_ok, other=-1)
         col_key = tl.load(col_key_ptr + cols, mask=col_ok, other=-2)
@@ -183,17 +186,6 @@ def _tile_gradient(
             pull = pull + tl.load(col_pull_ptr + cols, mask=col_ok, other=0.0)[None, :]
         g += tl.where((row_key[:, None] == col_key[None, :]) & (row_key >= 0)[:, None], pull, 0.0)
     if POSITIVES:
-        g = at_pairs(g, rows, cols, pos_starts_ptr, pos_row_ptr, pos_col_ptr, pos_value_ptr, at, WIDTH, True, 0.0)
-    places = (rows - row_start).to(tl.int64)[:, None] * g_stride + (cols - col_start)[None, :]
+        g = at_pairs(g, rows, cols, pos_starts_ptr, pos_row_ptr, pos_col_ptr, pos_value_ptr, at, True, 0.0)
+    places = (rows - row_start)[:, None] * g_stride + (cols - col_start)[None, :]  # a panel's: far below 2^31
     tl.store(g_ptr + places, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
-
-
-# A few only: each must be compiled before it can be timed. The limit on registers lets two tiles share a processor.
-CONFIGS = [
-    triton.Config({"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}, num_warps=8, num_stages=3),
-    triton.Config({"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}, num_warps=8, num_stages=3, maxnreg=128),
-    triton.Config({"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}, num_warps=4, num_stages=3),
-]
-SHAPE = ["E", "SPLIT_A", "SPLIT_B", "SYMMETRIC", "PAIRS"]  # tuned once for each, not for every number of rows
-tuned_sums = triton.autotune(CONFIGS, key=SHAPE)(_tile_sums)
-tuned_gradient = triton.autotune(CONFIGS, key=[*SHAPE, "POSITIVES", "KEYS"])(_tile_gradient)

@@ -1,6 +1,6 @@
 """Triton kernels of the sweep over a bank (losses/sweep.py is their reference).
 
-  _bank_tile    a tile of cosines -> the candidates' exponentials (bf16, into the chunk that the library then multiplies
+  bank_tile     a tile of cosines -> the candidates' exponentials (bf16, into the chunk that the library then multiplies
                 with the bank), their sum, and the highest candidate among each row's TILE columns
   rescore       cosines of each row with the tiles that hold its highest candidates, once more
 
@@ -15,11 +15,11 @@ is its limit. Nothing overflows, and a candidate is lost only if it is 147 power
 import triton
 import triton.language as tl
 
-from losses.kernels import CONFIGS, at_pairs, tile_of, tile_scores
+from losses.kernels import at_pairs, tile_of, tile_scores
 
 
 @triton.jit
-def _bank_tile(
+def bank_tile(
     a_ptr, b_ptr, p_ptr, top_ptr, sum_ptr, scale_ptr, limit_ptr, reference_ptr, is_out_ptr,
     starts_ptr, pair_row_ptr, pair_col_ptr,
     col_start, col_stop, num_rows, num_cols, a_stride, b_stride, p_stride, top_stride,
@@ -40,13 +40,13 @@ def _bank_tile(
     limit = tl.load(limit_ptr + rows, mask=row_ok, other=-float("inf"))
     is_out = tl.load(is_out_ptr + cols, mask=col_ok, other=1)
     cosine = tl.where((cosine <= limit[:, None]) & (is_out == 0)[None, :], cosine, -float("inf"))
-    at = row_tile * tl.cdiv(num_cols, 128) + col_start // 128 + col_tile
+    at = row_tile * tl.cdiv(num_cols, BN) + col_start // BN + col_tile
     cosine = at_pairs(
-        cosine, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, 1, False, -float("inf")
+        cosine, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, False, -float("inf")
     )
     if TOPS:
         tl.store(
-            top_ptr + rows.to(tl.int64) * top_stride + col_start // 128 + col_tile, tl.max(cosine, axis=1), mask=row_ok
+            top_ptr + rows.to(tl.int64) * top_stride + col_start // BN + col_tile, tl.max(cosine, axis=1), mask=row_ok
         )
     if SUMS:
         reference = tl.load(reference_ptr + rows, mask=row_ok, other=0.0)
@@ -83,6 +83,3 @@ def rescore(
         sums = tl.where(cols == tl.load(left_entry_ptr + p), -float("inf"), sums)
         p += 1
     tl.store(out_ptr + (row * num_tiles + place) * BN + tl.arange(0, BN), sums)
-
-
-tuned_bank_tile = triton.autotune(CONFIGS, key=["E", "SPLIT_A", "SPLIT_B", "SUMS", "TOPS"])(_bank_tile)

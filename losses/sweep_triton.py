@@ -57,7 +57,7 @@ def sweep(audio_BE: Tensor, bank_KE: Tensor, left_out: LeftOut, limit_B: Tensor,
         b = Operand.of(bank_KE[start:stop])
         tiles_here = triton.cdiv(stop - start, TILE)
         launch(
-            sweep_kernels.tuned_bank_tile,
+            sweep_kernels.bank_tile,
             num_clips, stop - start,
             a.data, b.data, p_BW, tops_BT, part_WB, scale, limit_B, reference_B, is_out_K,
             index.starts_S, index.row_P, index.col_P,

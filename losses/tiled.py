@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses.dots import DOTS_AT_ONCE, row_dots, statistics_dtype
+from losses.dots import DOTS_AT_ONCE, add_at, row_dots, statistics_dtype
 from losses.infonce import floor_of
 from losses.pairs import Pairs
 
@@ -231,11 +231,11 @@ def _pulls(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor, match: Match) -> tup
         assert match.row_share_P is not None
         row_P, col_P = match.positives
         scores_P = row_dots(rows_RE, row_P, cols_CE, col_P, inv_t.dtype) * inv_t
-        scores_P = scores_P.masked_fill(row_P < 0, 0.0)
-        pull_R.index_add_(0, row_P.clamp(min=0), scores_P * match.row_share_P.to(inv_t.dtype))
+        add_at(pull_R, row_P, scores_P * match.row_share_P.to(inv_t.dtype))
         if match.is_symmetric:
             assert match.col_share_P is not None
-            pull_C.index_add_(0, col_P.clamp(min=0), scores_P * match.col_share_P.to(inv_t.dtype))
+            at_P = col_P.masked_fill(row_P < 0, -1)
+            add_at(pull_C, at_P, scores_P * match.col_share_P.to(inv_t.dtype))
     if match.row_key_R is not None:
         assert match.col_key_C is not None
         assert match.row_share_R is not None
@@ -251,14 +251,10 @@ def _dots_with_equal(
 ) -> Tensor:
     """share * <row, sum of the columns with its key> / tau, [R]: through one sum a key, however many are equal."""
     num_keys = max(own_RE.shape[0], other_CE.shape[0])
-    sum_VE = inv_t.new_zeros(num_keys + 1, own_RE.shape[1])  # the last one takes what has no key
-
-    def place(key: Tensor) -> Tensor:
-        return key.long().masked_fill(key < 0, num_keys)
-
+    sum_VE = inv_t.new_zeros(num_keys, own_RE.shape[1])
     for start in range(0, other_CE.shape[0], DOTS_AT_ONCE):
         part = slice(start, start + DOTS_AT_ONCE)
-        sum_VE.index_add_(0, place(other_key_C[part]), other_CE[part].to(inv_t.dtype))
+        add_at(sum_VE, other_key_C[part].long(), other_CE[part].to(inv_t.dtype))
     every_R = torch.arange(own_RE.shape[0], device=own_RE.device)
-    dots_R = row_dots(own_RE, every_R, sum_VE, place(own_key_R), inv_t.dtype)
+    dots_R = row_dots(own_RE, every_R, sum_VE, own_key_R.long(), inv_t.dtype)
     return (dots_R * share_R.to(inv_t.dtype) * inv_t).masked_fill(own_key_R < 0, 0.0)

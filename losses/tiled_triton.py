@@ -1,7 +1,7 @@
 """The tiled InfoNCE on the GPU: launches the kernels of losses/kernels.py over all tiles.
 
 Nothing here waits for the device or depends on what a tensor holds, so a CUDA graph can capture it (after one call that
-tunes the kernels).
+compiles the kernels).
 
 Shapes: R rows, C columns, E embedding, P pairs, S places (tiles).
 """
@@ -16,12 +16,11 @@ import triton
 from torch import Tensor
 
 from losses import kernels
-from losses.kernels import FAST, LOG2E, PANEL, STEP, TILE
+from losses.kernels import FAST, LAUNCH, LOG2E, PANEL, STEP, TILE, TILE_ROWS
 from losses.pairs import Pairs
 from losses.tiled import Match, Slopes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PLAIN = {"BM": TILE, "BN": TILE, "BK": STEP, "GROUP": 8}  # without a GPU there is nothing to tune
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class TileIndex:
 
     @classmethod
     def of(cls, pairs: Pairs, num_rows: int, num_cols: int) -> "TileIndex":
-        across, down = triton.cdiv(num_cols, TILE), triton.cdiv(num_rows, TILE)
-        tile_P = (pairs.row_P // TILE) * across + pairs.col_P // TILE
+        across, down = triton.cdiv(num_cols, TILE), triton.cdiv(num_rows, TILE_ROWS)
+        tile_P = (pairs.row_P // TILE_ROWS) * across + pairs.col_P // TILE
         tile_P, order_P = tile_P.masked_fill(pairs.row_P < 0, across * down).sort(stable=True)
         tiles_S = torch.arange(across * down + 2, device=tile_P.device)
         starts_S = torch.searchsorted(tile_P, tiles_S, out_int32=True)
@@ -78,16 +77,9 @@ class TileIndex:
         return cls(starts_S, pairs.row_P[order_P].int(), pairs.col_P[order_P].int(), order_P)
 
 
-def launch(tuned: Any, num_rows: int, num_cols: int, *args: Any, **constants: Any) -> None:
-    """A tuned kernel, one program a tile."""
-
-    def grid(config: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(num_rows, config["BM"]) * triton.cdiv(num_cols, config["BN"]),)
-
-    if INTERPRETED:
-        tuned.fn[grid(PLAIN)](*args, **constants, **PLAIN)
-    else:
-        tuned[grid](*args, **constants)
+def launch(kernel: Any, num_rows: int, num_cols: int, *args: Any, **constants: Any) -> None:
+    """One program a tile."""
+    kernel[(triton.cdiv(num_rows, TILE_ROWS) * triton.cdiv(num_cols, TILE),)](*args, **constants, **LAUNCH)
 
 
 def reach_of(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor) -> Tensor:
@@ -120,11 +112,11 @@ def log_sum_exps(rows_RE: Tensor, cols_CE: Tensor, inv_t: Tensor, match: Match) 
         None if match.ignored is None else TileIndex.of(match.ignored, num_rows, num_cols),
         None if match.positives is None else TileIndex.of(match.positives, num_rows, num_cols),
     )
-    across, down = triton.cdiv(num_cols, TILE), triton.cdiv(num_rows, TILE)
+    across, down = triton.cdiv(num_cols, TILE), triton.cdiv(num_rows, TILE_ROWS)
     row_part_SR = inv_t.new_full((across, num_rows), -torch.inf)
     col_part_SC = inv_t.new_full((down, num_cols) if match.is_symmetric else (1,), -torch.inf)
     launch(
-        kernels.tuned_sums,
+        kernels.tile_sums,
         num_rows, num_cols,
         a.data, b.data, inv_t * LOG2E, tiles.reach, *_biases(match), *_pair_args(tiles.ignored, tiles.reach),
         row_part_SR, col_part_SC, num_rows, num_cols, a.data.stride(0), b.data.stride(0),
@@ -166,7 +158,7 @@ def gradients(
             pitch = triton.cdiv(wide, 8) * 8  # the products want rows that begin at 16 bytes
             g = g_panel[: tall * pitch].view(tall, pitch)
             launch(
-                kernels.tuned_gradient,
+                kernels.tile_gradient,
                 tall, wide,
                 a.data, b.data, g, scale, tiles.reach, *_biases(match), *vectors, *pair_args, values_P, *key_args,
                 rows.start, cols.start, rows.stop, cols.stop, num_cols, a.data.stride(0), b.data.stride(0), pitch,

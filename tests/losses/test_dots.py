@@ -3,8 +3,9 @@
 import torch
 
 from losses import dots
-from losses.dots import pair_dots
+from losses.dots import add_at, pair_dots
 from losses.pairs import Pairs
+from tests.losses import tiles
 
 
 def test_equals_indexing_and_multiplying(monkeypatch):
@@ -31,3 +32,16 @@ def test_a_frozen_side_gets_none_and_bf16_is_summed_in_fp32():
     assert cols_CE.grad is None
     assert rows_RE.grad.dtype == torch.bfloat16
     assert rows_RE.grad.sum(dim=1).tolist() == [300.0, 0.0]
+
+
+def test_sums_into_places_skip_padding_and_are_the_same_each_time():
+    """Thousands of terms a place, in fp32: any other order of additions would show (on CUDA, with atomics)."""
+    generator = torch.Generator().manual_seed(1)
+    at_P = torch.randint(-1, 3, (20_000,), generator=generator).to(tiles.DEVICE)
+    for shape in ((), (70,)):
+        terms_P = torch.randn(20_000, *shape, generator=generator).to(tiles.DEVICE)
+        found = [add_at(torch.zeros(5, *shape, device=tiles.DEVICE), at_P, terms_P) for _ in range(5)]
+        assert all(torch.equal(found[0], other) for other in found)
+        expected = torch.stack([terms_P[at_P == place].double().sum(dim=0) for place in range(5)])
+        assert torch.allclose(found[0].double(), expected, rtol=0, atol=5e-3)
+    assert add_at(torch.zeros(0, 3), at_P[:0].cpu(), torch.zeros(0, 3)).shape == (0, 3)

@@ -47,10 +47,10 @@ def test_pairs_are_found_by_their_tile():
     from losses.tiled_triton import TileIndex
 
     pairs = Pairs(torch.tensor([300, -1, 0, 129, 5]), torch.tensor([129, -1, 3, 128, 200]))
-    index = TileIndex.of(pairs, 301, 201)  # 3 x 2 tiles
+    index = TileIndex.of(pairs, 301, 201)  # 5 x 2 tiles
     starts = index.starts_S.tolist()
     found = [
-        list(zip(index.row_P[a:b].tolist(), index.col_P[a:b].tolist(), strict=True)) for a, b in pairwise(starts[:7])
+        list(zip(index.row_P[a:b].tolist(), index.col_P[a:b].tolist(), strict=True)) for a, b in pairwise(starts[:11])
     ]
-    assert found == [[(0, 3)], [(5, 200)], [], [(129, 128)], [], [(300, 129)]]
+    assert found == [[(0, 3)], [(5, 200)], [], [], [], [(129, 128)], [], [], [], [(300, 129)]]
     assert starts[-1] == starts[-2] == 4
