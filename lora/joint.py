@@ -7,6 +7,9 @@ columns. So the adapters cost a few more columns of a product that runs anyway, 
 mask serves the three. It is computed again in the backward from a seed (lora/mask.py), as is what is as wide as x;
 kept are x, which the layers' own norm makes, and `low`.
 
+Where the three base layers offer one product of their own (`lora.layers.Product`: fp8), it takes the place of W, and
+the adapters' products stand beside it: y = product(x) + low (s B)^T.
+
 Shapes: P rows, I in_features, O out_features of the three, R ranks of the adapters and padding, E = I + R.
 """
 
@@ -20,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lora.joint_steps import Spans, extend, finish, pack, uses_kernels
-from lora.layers import LoraLinear
+from lora.layers import LoraLinear, Product, product_of
 from lora.mask import draw_seed
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -48,7 +51,8 @@ def join_projections(model: nn.Module) -> int:
 class Joined:
     """Frozen storage of three linear layers, whose own weights and biases are views of it, and the adapters' copy.
 
-    weight_OE holds W, then the scaled lora_B; bias_O zeros for a layer without one; down_RI the stacked lora_A.
+    weight_OE holds W, then the scaled lora_B; bias_O zeros for a layer without one; down_RI the stacked lora_A. Beside
+    a `product`, weight_OE holds the scaled lora_B alone.
     """
 
     weight_OE: Tensor
@@ -57,6 +61,21 @@ class Joined:
     spans: Spans
     r: int
     num_in: int
+    product: Product | None = None
+
+    @classmethod
+    def beside(cls, product: Product, bases: list[nn.Linear], is_adapted: list[bool], r: int) -> "Joined":
+        """The adapters' copy alone, in bf16."""
+        with torch.inference_mode(False), torch.no_grad():
+            tail = -(-r * sum(is_adapted) // _TAIL_MULTIPLE) * _TAIL_MULTIPLE
+            spans, first, column = [], 0, 0
+            for base, adapted in zip(bases, is_adapted, strict=True):
+                end = first + base.out_features
+                spans.append((first, end, column if adapted else -1))
+                first, column = end, column + r * adapted
+            place: dict[str, Any] = {"device": bases[0].weight.device, "dtype": torch.bfloat16}
+            up_OR, down_RI = torch.zeros(first, tail, **place), torch.zeros(tail, bases[0].in_features, **place)
+            return cls(up_OR, None, down_RI, tuple(spans), r, 0, product)
 
     @classmethod
     def of(cls, bases: list[nn.Linear], is_adapted: list[bool], r: int) -> "Joined":
@@ -80,6 +99,9 @@ class Joined:
 
     def holds(self, bases: list[nn.Linear], is_adapted: list[bool], r: int) -> bool:
         """False once a layer's weight lives elsewhere: after .to(), a deep copy, or an assignment."""
+        if self.product is not None or any(product_of(base) is not None for base in bases):
+            is_same = all(product_of(base) is self.product for base in bases)
+            return is_same and r == self.r and is_adapted == [column >= 0 for _, _, column in self.spans]
         for base, adapted, (first, _, column) in zip(bases, is_adapted, self.spans, strict=True):
             if adapted != (column >= 0) or not _is_at(base.weight, self.weight_OE[first:]):
                 return False
@@ -124,8 +146,13 @@ class JointProjection:
             return torch.cat([layer(x) for layer in layers], dim=-1)
         is_adapted = [isinstance(layer, LoraLinear) for layer in layers]
         r = adapters[0].r if adapters else 0
+        product = product_of(bases[0])
+        if product is not None and not adapters:
+            return product(x.to(dtype))
         if self.joined is None or not self.joined.holds(bases, is_adapted, r):
-            self.joined = Joined.of(bases, is_adapted, r)
+            self.joined = (
+                Joined.of(bases, is_adapted, r) if product is None else Joined.beside(product, bases, is_adapted, r)
+            )
         if not adapters:
             return functional.linear(x.to(dtype), self.joined.weight_OE[:, : self.joined.num_in], self.joined.bias_O)
         first = adapters[0]
@@ -169,7 +196,10 @@ class _JointLinear(torch.autograd.Function):
         x_PI = _rows(x)
         pack(list(zip(masters[::2], masters[1::2], strict=True)), joined.places, scaling, kernels)
         x_PE, low_PR = extend(x_PI, joined.down_RI, seed_1, dropout, kernels)
-        y_PO = functional.linear(x_PE, joined.weight_OE, joined.bias_O)
+        if joined.product is None:
+            y_PO = functional.linear(x_PE, joined.weight_OE, joined.bias_O)
+        else:
+            y_PO = joined.product.forward(x_PI).addmm_(low_PR, joined.weight_OE.T)
         # The masters are not read again: kept, they make autograd refuse a backward after they have changed.
         ctx.save_for_backward(x, low_PR, seed_1, *masters)
         ctx.joined, ctx.scaling, ctx.dropout, ctx.kernels = joined, scaling, dropout, kernels
@@ -184,6 +214,8 @@ class _JointLinear(torch.autograd.Function):
         needs = (needs_x, any(needs_masters[::2]), any(needs_masters[1::2]))
         grad_PO = _rows(grad_y)
         grad_PE = grad_PO @ (joined.weight_OE if needs_x else joined.weight_OE[:, joined.num_in :])
+        if needs_x and joined.product is not None:
+            grad_PE = torch.cat([joined.product.input_gradient(grad_PO), grad_PE], dim=1)
         grad_x, grad_A_RI, grad_B_Or = finish(
             *(grad_PE, grad_PO, _rows(x), low_PR, joined.down_RI, seed_1, ctx.dropout),
             *(joined.spans, joined.r, ctx.scaling, needs, ctx.kernels),
@@ -198,7 +230,11 @@ class _JointLinear(torch.autograd.Function):
 
 
 def _can_join(adapters: list[LoraLinear], bases: list[nn.Linear], dtype: torch.dtype) -> bool:
-    if any(base.weight.dtype != dtype or base.weight.requires_grad for base in bases):
+    products = {id(product_of(base)) for base in bases}
+    if product_of(bases[0]) is not None:
+        if len(products) > 1 or dtype != torch.bfloat16:
+            return False
+    elif len(products) > 1 or any(base.weight.dtype != dtype or base.weight.requires_grad for base in bases):
         return False
     if any(base.bias is not None and (base.bias.dtype != dtype or base.bias.requires_grad) for base in bases):
         return False

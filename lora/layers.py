@@ -6,12 +6,28 @@ Shapes: `...` any leading dimensions, F rows of the input flattened, I in_featur
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+
+class Product(Protocol):
+    """A frozen linear map with an arithmetic of its own, which a base layer may offer as its attribute `product`: the
+    rows of that layer, or of its siblings too. Called with [..., I] it lets gradients through; the rest does not."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def forward(self, x_PI: Tensor) -> Tensor: ...
+
+    def input_gradient(self, grad_PO: Tensor) -> Tensor: ...
+
+
+def product_of(base_layer: nn.Module) -> Product | None:
+    """None: a plain layer, whose weight may be multiplied with."""
+    return cast("Product | None", getattr(base_layer, "product", None))
 
 
 class LoraLinear(nn.Module):
@@ -36,7 +52,7 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         # fp64 models (parity tests) keep fp64 adapters.
         weight = base_layer.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)  # PEFT's
@@ -63,6 +79,11 @@ class LoraLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         dropout = self.dropout if self.training else 0.0
+        if product_of(self.base_layer) is not None:
+            x = x.to(dtype)
+            return self.base_layer(x) + _correction(
+                x, self.lora_A.to(dtype), self.lora_B.to(dtype), self.scaling, dropout
+            )
         linear = fused_lora_linear if self.fused else plain_lora_linear
         return linear(
             x.to(dtype),
@@ -88,10 +109,13 @@ def plain_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
 ) -> Tensor:
     """The formula above, step by step: the reference for the fused form."""
-    base = _base_linear(x, weight, bias)
+    return _base_linear(x, weight, bias) + _correction(x, lora_A, lora_B, scaling, dropout)
+
+
+def _correction(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> Tensor:
     if dropout:
         x = x * keep_mask(x, dropout) * (1.0 / (1.0 - dropout))
-    return base + functional.linear(functional.linear(x, lora_A), lora_B) * scaling
+    return functional.linear(functional.linear(x, lora_A), lora_B) * scaling
 
 
 def fused_lora_linear(

@@ -4,15 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from lora.inject import lora_layers
+from lora.layers import LoraLinear, product_of
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """In place: W + (alpha / r) B A, added in fp32 and rounded once to W's dtype. Layers already merged stay.
 
-    Each base weight is kept on the CPU meanwhile, as W + delta - delta would not come back exactly.
+    Each base weight is kept on the CPU meanwhile, as W + delta - delta would not come back exactly. Raises ValueError
+    for a base in fp8, as all here do.
     """
-    for _, layer in lora_layers(model):
+    for path, layer in lora_layers(model):
+        _refuse_products(path, layer)
         if not layer.merged:
             weight = layer.base_layer.weight
             original = weight.detach().to("cpu", copy=True)
@@ -24,6 +27,7 @@ def merge(model: nn.Module) -> None:
 def fold(model: nn.Module) -> None:
     """In place and for good: every adapter gives way to a plain linear layer with its merged weight. For inference."""
     for path, layer in list(lora_layers(model)):
+        _refuse_products(path, layer)
         weight = layer.base_layer.weight
         if not layer.merged:
             weight.copy_(merged_weight(weight, layer.delta()))
@@ -48,6 +52,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {name: value.detach() for name, value in model.state_dict().items()}
     for path, layer in lora_layers(model):
+        _refuse_products(path, layer)
         del state[f"{path}.lora_A"], state[f"{path}.lora_B"]
         weight = state.pop(f"{path}.base_layer.weight")
         state[f"{path}.weight"] = weight if layer.merged else merged_weight(weight, layer.delta())
@@ -59,3 +64,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
     """weight + delta, added in delta's dtype (fp32 or wider) and rounded once to the weight's."""
     return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)
+
+
+def _refuse_products(path: str, layer: LoraLinear) -> None:
+    """An adapter is far finer than the steps of fp8: added to such a weight, it would be rounded away."""
+    if product_of(layer.base_layer) is not None:
+        raise ValueError(
+            f"base_dtype: the weight under {path} is kept in fp8 alone, into which no adapter can be merged; "
+            "open the model with base_dtype bf16 (or fp32) and merge there"
+        )

@@ -10,6 +10,7 @@ from torch import nn
 
 from model.audio_tower import AudioConfig
 from model.dual import DualEncoder
+from model.fp8 import check_widths, quantise_frozen, why_no_fp8
 from model.init import init_parameters
 from model.kernels import resolve_kernels
 from model.maxsim import WindowShape
@@ -79,6 +80,8 @@ def build_model(
         )
     if text_source is None:
         model.remove_text_side()
+    if settings.base_dtype == "fp8":
+        check_widths(model)
 
     # Which checkpoint fills which part. The projector joins two towers of one training: it is only taken with both.
     wanted: dict[str, tuple[Source | None, int]] = {"audio_tower": (audio_source, audio_config.num_layers)}
@@ -108,7 +111,7 @@ def build_model(
     sources["heads"], sources["tokenizer"] = "random", tokenizer_name
 
     _choose_trainable(model, settings, sources)
-    _join_frozen(model, device)
+    _prepare_frozen(model, settings, device)
     return Built(model.eval(), tokenizer, audio_config, text_config, sources)
 
 
@@ -120,6 +123,11 @@ def _choose_dtypes(
         compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if compute_dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"compute_dtype: got {compute_dtype}, allowed are float64, float32, bfloat16, float16")
+    if settings.base_dtype == "fp8":
+        reason = why_no_fp8(device, compute_dtype)
+        if reason is not None:
+            raise ValueError(f"base_dtype: got 'fp8', which cannot run here: {reason}; use auto, bf16 or fp32")
+        return torch.bfloat16, compute_dtype
     if compute_dtype == torch.float64:
         return torch.float64, compute_dtype
     use_bf16 = settings.base_dtype == "bf16" or (settings.base_dtype == "auto" and device.type == "cuda")
@@ -186,8 +194,12 @@ def _spec_augment(settings: ModelSettings) -> SpecAugment | None:
     )
 
 
-def _join_frozen(model: DualEncoder, device: torch.device) -> None:
-    """Frozen weights that one product serves, side by side in memory: see GatedMlp."""
+def _prepare_frozen(model: DualEncoder, settings: ModelSettings, device: torch.device) -> None:
+    """Frozen weights in fp8, or those that one product serves side by side in memory: see GatedMlp."""
+    if settings.base_dtype == "fp8":
+        quantise_frozen(model, kernels=settings.kernels)
+        torch.cuda.empty_cache()
+        return
     joinable = [m for m in model.modules() if isinstance(m, GatedMlp) and not m.gate_proj.weight.requires_grad]
     for module in joinable:
         module.join()
