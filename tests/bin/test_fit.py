@@ -1,14 +1,18 @@
 """What `auto` chooses for a small model under caps, and that training under it gives the same gradients."""
 
+import json
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import bin.train
 from bench.drawn import as_batch, draw
 from bench.ours import Shapes, build
-from bin.config import Config
+from bin.config import Config, parse
 from bin.fit import FRAGMENTS, costs, count_tokens, fit_memory, room_bytes
 from bin.step import encode_in_passes
 from data.batches import Batch
@@ -113,3 +117,13 @@ def test_tokens_are_those_of_the_layouts(model: DualEncoder, batches: list[Batch
     audio, text = count_tokens(model, batches[0])
     assert audio == model.audio_tower.layout(batches[0].num_samples, CPU).tokens.place_P.numel()
     assert text == len(batches[0].token_ids_P)
+
+
+def test_a_run_on_auto_learns_as_one_that_keeps_everything(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    curves = []
+    for name, more in (("kept", ()), ("auto", ("--checkpointing", "auto", "--memory_cap_gib", "0.5"))):
+        assert bin.train.train(parse(flags("--run_name", name, "--epochs", "1", "--trainable", "lora", *more))) == 0
+        lines = [json.loads(line) for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        curves.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert "layers are recomputed" in next((tmp_path / "runs" / "auto").glob("train_*.log")).read_text()
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
