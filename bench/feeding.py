@@ -1,7 +1,6 @@
 """Does the GPU wait for data? Batches fed to the device alone, and beside the real training step.
 
-    python bench/random_checkpoint.py /tmp/qwen2-audio --tokenizer DIR
-    python bench/feeding.py --checkpoint /tmp/qwen2-audio --num_clips 20000 --batch_size 256 --num_workers 4
+    python bench/feeding.py --checkpoint random --num_clips 20000 --batch_size 256 --num_workers 4
 
 Alone: every batch is copied to the device and waited for, nothing is computed. Beside the step: bin/train.py under
 torchrun on the packed clips, whose `data/wait_ms` of each step is read back; the first step of an epoch starts the
@@ -27,6 +26,8 @@ import torch
 import tyro
 
 from bench.clip_set import SPEECH, make_clips
+from bench.graphs import TEXT_DEFAULTS
+from bench.random_checkpoint import PUBLISHED_AUDIO, PUBLISHED_TEXT
 from bench.training_run import measure
 from bin.feed import feed, pinning
 from data.clips import iterate_clips
@@ -43,7 +44,8 @@ class FeedBench:
     """How long the device waits for batches."""
 
     checkpoint: str | None = None
-    """Model folder to train, as bench/random_checkpoint.py makes one; without it only feeding is measured."""
+    """Model folder to train, or `random`: the published shapes, drawn on the device, with tokens of bytes. Without it
+    only feeding is measured."""
     num_clips: int = 4000
     seconds: float = 2.0
     """Length of a clip."""
@@ -61,6 +63,15 @@ def make_set(folder: Path, count: int, seconds: float, seed: int) -> Path:
     drops = DropLog()
     pack_clips(iterate_clips(samples, DataSettings(), drops), folder / f"packed-{seed}", drops, num_workers=4)
     return folder / f"packed-{seed}"
+
+
+def random_towers(folder: Path) -> list[str]:
+    """Flags for towers of the published shapes with random weights."""
+    flags = []
+    for side, config in (("audio", PUBLISHED_AUDIO), ("text", PUBLISHED_TEXT | TEXT_DEFAULTS | {"tokenizer": "bytes"})):
+        (folder / f"{side}.json").write_text(json.dumps(config), encoding="utf-8")
+        flags += [f"--{side}_model", str(folder / f"{side}.json")]
+    return flags
 
 
 def feed_alone(packed: Path, settings: FeedBench, device: torch.device) -> dict[str, float]:
@@ -120,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             *("--batch_size", str(settings.batch_size), "--num_workers", str(settings.num_workers)),
             *("--word_times_path", "None", *settings.more),
         ]
+        if settings.checkpoint == "random":
+            flags += random_towers(folder)
         run = measure(Path(settings.checkpoint), SPEECH.parent, settings.steps, folder / "runs", flags)
         lines = (Path(run["run_dir"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         print(
