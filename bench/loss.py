@@ -13,7 +13,7 @@ row), which favours them:
 
 The limit is three products (one forward, two backward) at the matrix rate measured here; ours does a fourth, and those
 of fp32 embeddings take three bf16 products each, instead of holding scores. Memory is what a call adds at its peak,
-gradients included.
+gradients included. What would end more than BUDGET_S seconds after the start, or does not fit, is left out, and named.
 
 Shapes: R rows, C columns, E embedding.
 """
@@ -25,7 +25,9 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -33,13 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.findings import Findings, run_alone
-from bench.limits import Limits, bench_device, seconds_of
+from bench.limits import Limits, bench_device, seconds_of, synchronize
 from losses.choice import choose_kernels
 from losses.infonce import multi_positive_infonce
 from losses.pairs import Pairs, pair_mask
 from losses.tiled import Match, contrast
 
 SIZE, DIM, CHECKED_SIZE, TINY = 32_768, 512, 2048, (256, 64)
+BUDGET_S = 32.0
 SMALL = (256, 1024, 2048, 4096, 8192)
 TEMPERATURE = 0.07
 MOST_ERROR = {torch.float32: (1e-5, 0.9999), torch.bfloat16: (1e-4, 0.9999)}  # of the loss; cosine of each gradient
@@ -145,71 +148,119 @@ def added_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+@dataclass(frozen=True)
+class Way:
+    dtype: torch.dtype
+    name: str
+    loss: Loss
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
+class Timed:
+    seconds: float
+    added: int | None  # bytes
+    first_s: float  # of the first call: what is compiled, is compiled then
+
+
+PEERS = (  # what the targets speak of comes first
+    Way(torch.bfloat16, "dense", dense),
+    Way(torch.float32, "dense fp32", dense),
+    Way(torch.bfloat16, "dense CE", dense_ce),
+    Way(torch.bfloat16, "dense CE bf16", dense_ce_bf16),
+    Way(torch.float32, "dense fp32, tf32", dense, tf32=True),
+)
+TARGETS = {torch.bfloat16: "dense", torch.float32: "dense fp32"}
+
+
+def timed(call: Callable[[], object], device: torch.device, left_s: float) -> Timed | str:
+    """Or in words why not: the device's memory does not hold it, or the seconds left are too few for all calls."""
+    try:
+        marks = [time.monotonic()]
+        call()
+        synchronize(device)
+        marks.append(time.monotonic())
+        added = added_bytes(call, device)
+        marks.append(time.monotonic())
+        first_s, second_s = marks[1] - marks[0], marks[2] - marks[1]
+        if first_s + 24 * second_s > left_s:
+            return f"{second_s:.2f} s a call, {left_s:.0f} s were left"
+        return Timed(seconds_of(call, device), added, first_s)
+    except torch.OutOfMemoryError:
+        return "does not fit into the device's memory"
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def measure(limits: Limits, tiny: bool = False) -> Findings:
-    """Tiled InfoNCE beside dense: time and memory of forward and backward."""
-    device = bench_device()
+    """Tiled InfoNCE beside dense: time and memory of forward and backward. Lines are printed as they come."""
+    began, device = time.monotonic(), bench_device()
     size, dim = (SIZE, DIM) if device.type == "cuda" and not tiny else TINY
     checked = min(size, CHECKED_SIZE)
     triton = choose_kernels("fused", device, torch.bfloat16, size, size).triton
     found = Findings(f"Symmetric InfoNCE, {size:,} x {size:,} x {dim}, forward and backward")
-    peers: dict[torch.dtype, dict[str, tuple[Loss, bool]]] = {
-        torch.bfloat16: {
-            "dense": (dense, False),
-            "dense CE": (dense_ce, False),
-            "dense CE bf16": (dense_ce_bf16, False),
-        },
-        torch.float32: {"dense fp32": (dense, False), "dense fp32, tf32": (dense, True)},
-    }
+
+    def say(line: str) -> None:
+        print(f"{time.monotonic() - began:5.1f} s  {line}", flush=True)
+
+    def note(line: str) -> None:
+        say(line)
+        found.notes.append(line)
+
     least_s = limits.least_seconds(operations=3 * 2.0 * size * size * dim)
-    for dtype, ways in peers.items():
-        found.notes.append(
-            check_parity(tiled(checked, device, triton), reference(checked, device), checked, dim, dtype, device)
-        )
-        inputs = embeddings(size, dim, dtype, device)
-        fused = tiled(size, device, triton)
-        name = str(dtype).removeprefix("torch.")
-        times, added = {}, {}
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        for way, (loss, tf32) in {"ours": (fused, False), **ways}.items():
-            torch.backends.cuda.matmul.allow_tf32 = tf32
-            call = partial(with_gradients, loss, inputs)
-            call()
-            added[way] = added_bytes(call, device)
-            times[way] = seconds_of(call, device)
+    times: dict[tuple[torch.dtype, str], Timed] = {}
+    checked_ways = tiled(checked, device, triton), reference(checked, device)
+    ours_name = "ours (Triton)" if triton else "ours"
+    ours = [Way(dtype, ours_name, tiled(size, device, triton)) for dtype in TARGETS]
+    for way in (ours[0], PEERS[0], ours[1], *PEERS[1:]):
+        if way in ours:
+            note(check_parity(*checked_ways, checked, dim, way.dtype, device))
+        dtype_name = str(way.dtype).removeprefix("torch.")
+        call = partial(with_gradients, way.loss, embeddings(size, dim, way.dtype, device))
+        allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, way.tf32
+        result = timed(call, device, BUDGET_S - (time.monotonic() - began))
         torch.backends.cuda.matmul.allow_tf32 = allowed
-        for way, seconds in times.items():
-            memory, ours_memory = added[way], added["ours"]
-            found.rows.append(
-                {
-                    "embeddings": name,
-                    "way": way + (" (Triton)" if triton and way == "ours" else ""),
-                    "ms": seconds * 1e3,
-                    "ours / it": times["ours"] / seconds,
-                    "adds MiB": None if memory is None else memory / 2**20,
-                    "it / ours, memory": None if memory is None or ours_memory is None else memory / ours_memory,
-                    "of the limit": least_s / seconds,
-                }
-            )
-        first = next(iter(ways))
-        found.check(f"{name}: time beside {first}", times["ours"] / times[first], 0.8, "at most")
-        memory, ours_memory = added[first], added["ours"]
-        share = None if memory is None or ours_memory is None else ours_memory / memory
-        found.check(f"{name}: memory beside {first}", share, 1 / 40, "at most")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    found.notes.append(crossing([SMALL[0]] if size == TINY[0] else SMALL, dim, device, triton))
+        if isinstance(result, str):
+            note(f"{dtype_name}, {way.name}: left out ({result})")
+            continue
+        say(f"{dtype_name}, {way.name}: {result.seconds * 1e3:.2f} ms (first call {result.first_s:.1f} s)")
+        times[way.dtype, way.name] = result
+        mine = times.get((way.dtype, ours_name))
+        found.rows.append(
+            {
+                "embeddings": dtype_name,
+                "way": way.name,
+                "ms": result.seconds * 1e3,
+                "ours / it": None if mine is None else mine.seconds / result.seconds,
+                "adds MiB": None if result.added is None else result.added / 2**20,
+                "it / ours, memory": None if mine is None or not result.added else result.added / (mine.added or 1),
+                "of the limit": least_s / result.seconds,
+                "first call s": result.first_s,
+            }
+        )
+    found.rows.sort(key=lambda row: str(row["embeddings"]))
+    for dtype, peer in TARGETS.items():
+        mine, theirs = times.get((dtype, ours_name)), times.get((dtype, peer))
+        name = str(dtype).removeprefix("torch.")
+        both = None if mine is None or theirs is None else (mine, theirs)
+        found.check(f"{name}: time beside {peer}", both and both[0].seconds / both[1].seconds, 0.8, "at most")
+        share = both[0].added / both[1].added if both and both[0].added and both[1].added else None
+        found.check(f"{name}: memory beside {peer}", share, 1 / 40, "at most")
+    for small in [SMALL[0]] if size == TINY[0] else SMALL:
+        if time.monotonic() - began > BUDGET_S:
+            note(f"{small:,} and above, fp32: left out, {BUDGET_S:.0f} s are over")
+            break
+        note(crossing(small, dim, device, triton))
     return found
 
 
-def crossing(sizes: Sequence[int], dim: int, device: torch.device, triton: bool) -> str:
+def crossing(size: int, dim: int, device: torch.device, triton: bool) -> str:
     """Ours beside the reference of losses/infonce.py, fp32, where losses/choice.py has to choose: in words."""
-    parts = []
-    for size in sizes:
-        inputs = embeddings(size, dim, torch.float32, device)
-        ways = tiled(size, device, triton), reference(size, device)
-        ours_s, theirs_s = (seconds_of(partial(with_gradients, way, inputs), device) for way in ways)
-        parts.append(f"{size:,}: {ours_s * 1e3:.2f} and {theirs_s * 1e3:.2f}")
-    return "ms at small sizes, fp32, ours and losses/infonce.py: " + "; ".join(parts)
+    inputs = embeddings(size, dim, torch.float32, device)
+    ways = tiled(size, device, triton), reference(size, device)
+    ours_s, theirs_s = (seconds_of(partial(with_gradients, way, inputs), device) for way in ways)
+    return f"{size:,} x {size:,}, fp32: ours {ours_s * 1e3:.2f} ms, losses/infonce.py {theirs_s * 1e3:.2f} ms"
 
 
 if __name__ == "__main__":

@@ -41,9 +41,7 @@ def bank_tile(
     is_out = tl.load(is_out_ptr + cols, mask=col_ok, other=1)
     cosine = tl.where((cosine <= limit[:, None]) & (is_out == 0)[None, :], cosine, -float("inf"))
     at = row_tile * tl.cdiv(num_cols, BN) + col_start // BN + col_tile
-    cosine = at_pairs(
-        cosine, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, False, -float("inf")
-    )
+    cosine = at_pairs(cosine, rows, cols, starts_ptr, pair_row_ptr, pair_col_ptr, starts_ptr, at, False, -float("inf"))
     if TOPS:
         tl.store(
             top_ptr + rows.to(tl.int64) * top_stride + col_start // BN + col_tile, tl.max(cosine, axis=1), mask=row_ok

@@ -45,3 +45,14 @@ def test_sums_into_places_skip_padding_and_are_the_same_each_time():
         expected = torch.stack([terms_P[at_P == place].double().sum(dim=0) for place in range(5)])
         assert torch.allclose(found[0].double(), expected, rtol=0, atol=5e-3)
     assert add_at(torch.zeros(0, 3), at_P[:0].cpu(), torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_gradients_of_many_pairs_are_the_same_each_time():
+    generator = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(n, 16, generator=generator).to(tiles.DEVICE).requires_grad_() for n in (40, 3)]
+    places = [torch.randint(0, n, (9000,), generator=generator).to(tiles.DEVICE) for n in (40, 3)]
+    weight_P = torch.randn(9000, generator=generator).to(tiles.DEVICE)
+    first, *others = (
+        torch.autograd.grad((pair_dots(*leaves, Pairs(*places)) * weight_P).sum(), leaves) for _ in range(4)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))

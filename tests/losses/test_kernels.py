@@ -1,7 +1,13 @@
 """Pieces of the kernels on their own; what they make together is in test_tiled_triton.py and test_sweep_triton.py."""
 
+import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 import torch
 
 from losses.pairs import Pairs
@@ -54,3 +60,16 @@ def test_pairs_are_found_by_their_tile():
     ]
     assert found == [[(0, 3)], [(5, 200)], [], [], [], [(129, 128)], [], [], [], [(300, 129)]]
     assert starts[-1] == starts[-2] == 4
+
+
+def test_nothing_is_spilled_on_ampere_and_hopper(tmp_path):
+    """128 registers of each of 256 threads: two tiles share a processor. No GPU is needed to compile."""
+    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
+        pytest.skip("this Triton comes without NVIDIA's tools: what was compiled cannot be looked at")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.losses.compile_worker"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) == 6
+    assert all(registers <= 128 and stack == 0 for _, _, registers, stack in found), found
