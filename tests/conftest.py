@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +21,16 @@ def log_levels_restored() -> Iterator[None]:
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture
+def interpreter_takes_loaded_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter makes a range's bound with int(array of one), which numpy refuses from 2.4 on."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="patches Triton's interpreter")
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)

@@ -1,7 +1,5 @@
 """The joint projection's kernels against the same steps in torch, in fp64 with the same mask."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -12,23 +10,11 @@ from lora.joint import Joined, joint_linear
 from lora.kernels import add_parts, extend
 from lora.mask import draw_seed
 
+pytestmark = pytest.mark.usefixtures("interpreter_takes_loaded_bounds")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # One rounding's error; the interpreter cuts off where a GPU rounds to the nearest.
 UNIT = 2**-10 if DEVICE == "cuda" else 2**-9
 BIG = pytest.mark.skipif(DEVICE == "cpu", reason="sizes of real towers need a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def interpreter_takes_computed_bounds(monkeypatch):
-    """Triton's interpreter makes a range's bound with int(array of one), which numpy refuses from 2.4 on."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patch_more(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_more)
 
 
 def draw(*shape):

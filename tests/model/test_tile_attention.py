@@ -1,7 +1,5 @@
 """Attention over tiles against the formula written out: in Triton's interpreter where there is no GPU, else on it."""
 
-import importlib
-
 import pytest
 import torch
 
@@ -12,24 +10,12 @@ from model.rotary import Rotary
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 from model.tile_attention import NARROW, WIDE, WIDE_AMPERE, Tiling, Tilings, tile_attention  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("interpreter_takes_loaded_bounds")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tilings(Tiling(16, 16, 4, 1), Tiling(16, 16, 4, 1), Tiling(16, 16, 4, 1))
 BOTH = Tilings(*[Tiling(16, 16, 4, 1)] * 4)
 # One token alone, many in a tile, one across three tiles, one that ends with its tile.
 LENGTHS = [3, 1, 12, 35, 1, 12]
-
-
-@pytest.fixture(autouse=True)
-def interpreter_takes_loaded_bounds(monkeypatch):
-    """Triton's interpreter makes a range's bound with int(array of one), which numpy refuses from 2.4 on."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def reference(qkv_PJ, heads, lengths, causal, rotary):
