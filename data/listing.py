@@ -38,31 +38,39 @@ def write_listing(clips: Iterable[Clip], path: Path, drops: DropLog) -> tuple[in
             audio_keys.append(key64(f"{clip.audio_path}\0{clip.start_s}\0{clip.end_s}"))
             id_keys.append(key64(clip.clip_id))
             lines.write(to_line(clip))
+        offsets.append(lines.tell())
         return _join(lines, offsets.read(), audio_keys.read(), id_keys.read(), path, drops)
 
 
 def _join(
     lines: BinaryIO,
-    offsets_C: np.ndarray,
+    offsets_C1: np.ndarray,
     audio_keys_C: np.ndarray,
     id_keys_C: np.ndarray,
     path: Path,
     drops: DropLog,
 ) -> tuple[int, str]:
+    # Places take 4 bytes each, and what is not needed any longer goes: this is where memory is at its highest.
+    kind: type[np.integer] = np.int32 if len(audio_keys_C) < 1 << 31 else np.int64
     # Rows of one audio lie side by side in `by_audio`, in file order.
-    by_audio = np.argsort(audio_keys_C, kind="stable")
+    by_audio = np.argsort(audio_keys_C, kind="stable").astype(kind)
     ordered = audio_keys_C[by_audio]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
-    num_rows = np.diff(np.r_[starts, len(ordered)])
+    del audio_keys_C
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)]).astype(kind)
+    num_rows = np.diff(starts, append=kind(len(ordered)))
     del ordered
     firsts = by_audio[starts]
-    numbers = _Numbers(id_keys_C[firsts])
-    offsets_C1 = np.r_[offsets_C, lines.seek(0, os.SEEK_END)]
-    in_file_order = np.argsort(firsts, kind="stable")
-    rows, is_alone = firsts[in_file_order], ((num_rows == 1) & numbers.is_alone(id_keys_C[firsts]))[in_file_order]
+    id_keys_G = id_keys_C[firsts]
+    del id_keys_C
+    numbers = _Numbers(id_keys_G)
+    is_alone = (num_rows == 1) & numbers.is_alone(id_keys_G)
+    del id_keys_G
+    in_file_order = np.argsort(firsts, kind="stable").astype(kind)
+    rows, is_alone = firsts[in_file_order], is_alone[in_file_order]
+    del firsts
     # Nearly all clips are listed once under an id of their own: neighbours of these are copied as they are.
     goes_on = is_alone[1:] & is_alone[:-1] & (np.diff(rows) == 1)
-    heads = np.flatnonzero(np.r_[True, ~goes_on][: len(rows)])
+    heads = np.flatnonzero(np.r_[True, ~goes_on][: len(rows)]).astype(kind)
     del goes_on
     digest = hashlib.sha256()
     with open(path, "wb") as out:
@@ -73,14 +81,14 @@ def _join(
             else:
                 group = in_file_order[head]
                 same = by_audio[starts[group] : starts[group] + num_rows[group]]
-                clip = _clip_at(lines, int(offsets_C[same[0]]))
+                clip = _clip_at(lines, int(offsets_C1[same[0]]))
                 for row in same[1:].tolist():
-                    clip = joined(clip, _clip_at(lines, int(offsets_C[row])), drops)
+                    clip = joined(clip, _clip_at(lines, int(offsets_C1[row])), drops)
                 pieces = iter([to_line(numbers.unique(clip, drops))])
             for piece in pieces:
                 digest.update(piece)
                 out.write(piece)
-    return len(firsts), digest.hexdigest()
+    return len(rows), digest.hexdigest()
 
 
 class _Numbers:
