@@ -20,7 +20,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT_OF_MEMORY = "OutOfMemoryError"
-SHOWN_LINES = 20
+SHOWN_LINES = 40
 
 
 def train_command(
@@ -71,7 +71,10 @@ def measure(checkpoint: Path, clips: Path, steps: int, runs_dir: Path, more: Seq
             }
         if not attempt["out_of_memory"] or "--checkpointing" in more:
             break
-    tail = "\n".join(printed.splitlines()[-SHOWN_LINES:])
+    # torchrun's own account of the death comes last and says nothing of the cause.
+    own = printed.split("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
+    told = [line for line in own.splitlines() if "/torch/distributed/" not in line]
+    tail = "\n".join(told[-SHOWN_LINES:])
     raise RuntimeError(f"training ended with exit code {done.returncode}; the end of {console}:\n{tail}")
 
 

@@ -206,7 +206,11 @@ class TowerGraphs:
         before = torch.cuda.memory_reserved(device)
         if side.pool is None:
             side.pool = torch.cuda.MemPool()
-        side.captures[size] = capture = _Capture(side, size, tables, payload, self._params, self._stream)
+        try:
+            side.captures[size] = capture = _Capture(side, size, tables, payload, self._params, self._stream)
+        except RuntimeError as error:  # torch's for a full device and for what cannot be recorded alike
+            self.give_up(f"{type(error).__name__}: {error}")
+            return None
         torch.cuda.empty_cache()
         side.num_bytes += max(0, torch.cuda.memory_reserved(device) - before)
         self._num_captures += 1
@@ -214,6 +218,17 @@ class TowerGraphs:
         self._capture_s += seconds
         logger.debug("captured %s %s in %.2f s: %d so far", side.name, size, seconds, self.num_captures)
         return capture
+
+
+    def give_up(self, reason: str) -> None:
+        """Train eagerly from now on: slower, and the same numbers. Rank by rank: nothing in a graph is a collective."""
+        logger.warning("CUDA graphs are off from here on, small batches are slower: %s", reason.splitlines()[0][:300])
+        self._captures = False
+        for side in (self._audio, self._text):
+            if not side.is_busy():  # else its graphs are needed once more, and then let go with their history
+                side.pool, side.num_bytes = None, 0
+            side.captures.clear()
+        gc.collect()
 
 
 class _Capture:

@@ -118,6 +118,40 @@ def test_a_pass_without_gradient_sees_the_dropout_of_one_with_it(write_qwen2_aud
     assert all(map(torch.equal, *found))
 
 
+def test_a_capture_that_fails_leaves_training_eager_and_right(
+    write_qwen2_audio, make_pack, make_text, monkeypatch, caplog
+) -> None:
+    """Such as for want of memory: said once, and the numbers are those of eager passes."""
+    model = build_model(ModelSettings(model_name=str(write_qwen2_audio("v4"))), "cpu", torch.float64).model.train()
+    inject_lora(model, LoraSettings(lora_r=2, lora_dropout=0.0))
+    inputs = make_pack([0.3, 0.2]), make_text([5, 3])
+    model.graphs = TowerGraphs(model, captures=False)
+    expected = results(model, *inputs)
+
+    tried = []
+
+    def no_memory(*_: object) -> None:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("model.graphs._Capture", no_memory)
+    monkeypatch.setattr("model.graphs._Side.make_room", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    graphs = model.graphs = TowerGraphs(model, captures=False)
+    graphs._captures, graphs._stream = True, object()
+    graphs.start()
+    for _ in range(2):
+        found = results(model, *inputs)
+        for own, exact in zip(found[:2], expected[:2], strict=True):
+            torch.testing.assert_close(own, exact, rtol=0, atol=0)
+        for name, exact in expected[2].items():
+            torch.testing.assert_close(found[2][name], exact, rtol=0, atol=0)
+    assert len(tried) == 1
+    assert caplog.text.count("CUDA graphs are off from here on") == 1
+    assert "OutOfMemoryError: CUDA out of memory" in caplog.text
+
+
 def test_what_keeps_graphs_away_is_said(write_qwen2_audio) -> None:
     model = build_model(ModelSettings(model_name=str(write_qwen2_audio("v4")))).model
     assert why_no_graphs(model) == "it computes on cpu"
