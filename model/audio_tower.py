@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Heads, packed_attention, project
 from model.convolutions import embed_frames
+from model.fp8 import shared_product
+from model.fp8_mlp import feed_forward
 from model.kernels import uses_triton
 from model.norms import LayerNorm, stream_dtype
 from model.packing import AudioLayout, SequenceLayout
@@ -126,6 +128,7 @@ class AudioLayer(nn.Module):
     def __init__(self, config: AudioConfig, attention: str, dropout: float, kernels: str) -> None:
         super().__init__()
         self.dropout = dropout
+        self.kernels = kernels
         self.self_attn = AudioAttention(config, attention)
         self.self_attn_layer_norm = LayerNorm(config.d_model, kernels)
         self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
@@ -143,7 +146,11 @@ class AudioLayer(nn.Module):
         remake = self.self_attn_layer_norm.remaking(x_PD) if remakes else None
         attended_PD = F.dropout(self.self_attn(y_PD, layout, remake), self.dropout, self.training)
         x_PD, y_PD = self.final_layer_norm.add(x_PD, attended_PD)
-        expanded_PD = self.fc2(F.gelu(self.fc1(y_PD)))
+        up, down = shared_product(self.fc1), shared_product(self.fc2)
+        if up is not None and down is not None:
+            expanded_PD = feed_forward(y_PD, up, down, False, self.kernels)
+        else:
+            expanded_PD = self.fc2(F.gelu(self.fc1(y_PD)))
         return x_PD, F.dropout(expanded_PD, self.dropout, self.training)
 
 

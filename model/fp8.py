@@ -94,30 +94,40 @@ class Fp8Product:
 
     def forward(self, x_PI: Tensor) -> Tensor:
         """[P, O], without a history."""
-        return self._multiply(x_PI, self.weight_OI, self.scale_1O, self.bias_O)
+        return self.forward_quantised(*quantise_rows(x_PI, self.kernels), x_PI)
 
     def input_gradient(self, grad_PO: Tensor) -> Tensor:
         """[P, I]."""
-        return self._multiply(grad_PO, self.weight_IO, self.scale_1I, None)
+        return self.input_gradient_quantised(*quantise_rows(grad_PO, self.kernels), grad_PO)
 
-    def _multiply(self, rows_PK: Tensor, weight_NK: Tensor, scale_1N: Tensor, bias_N: Tensor | None) -> Tensor:
-        if not len(rows_PK):
-            return rows_PK.new_empty(0, len(weight_NK))
-        quantised_PK, scale_P1 = quantise_rows(rows_PK, self.kernels)
-        if quantised_PK.device.type != "cuda":
-            product = quantised_PK.float() @ weight_NK.float().T * scale_P1 * scale_1N
-            product = product if bias_N is None else product + bias_N
-            return product.to(rows_PK.dtype)[: len(rows_PK)]
-        product = torch._scaled_mm(
-            quantised_PK,
-            weight_NK.contiguous().t(),  # column-major, as the kernel wants it
-            scale_a=scale_P1,
-            scale_b=scale_1N,
-            bias=bias_N,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-        return product[: len(rows_PK)]
+    def forward_quantised(self, rows_PI: Tensor, scale_P1: Tensor, like: Tensor) -> Tensor:
+        """`forward` of what `quantise_rows` gives; as many rows as `like`, and on a CPU in its dtype."""
+        return _multiply(rows_PI, scale_P1, self.weight_OI, self.scale_1O, self.bias_O, like)
+
+    def input_gradient_quantised(self, rows_PO: Tensor, scale_P1: Tensor, like: Tensor) -> Tensor:
+        """Likewise."""
+        return _multiply(rows_PO, scale_P1, self.weight_IO, self.scale_1I, None, like)
+
+
+def _multiply(
+    rows_PK: Tensor, scale_P1: Tensor, weight_NK: Tensor, scale_1N: Tensor, bias_N: Tensor | None, like: Tensor
+) -> Tensor:
+    if not len(like):
+        return like.new_empty(0, len(weight_NK))
+    if rows_PK.device.type != "cuda":
+        product = rows_PK.float() @ weight_NK.float().T * scale_P1 * scale_1N
+        product = product if bias_N is None else product + bias_N
+        return product.to(like.dtype)[: len(like)]
+    product = torch._scaled_mm(
+        rows_PK,
+        weight_NK.contiguous().t(),  # column-major, as the kernel wants it
+        scale_a=scale_P1,
+        scale_b=scale_1N,
+        bias=bias_N,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return product[: len(like)]
 
 
 class _Product(torch.autograd.Function):
@@ -151,11 +161,14 @@ class Fp8Linear(nn.Linear):
         return f"{super().extra_repr()}, fp8"
 
 
-def shared_product(first: nn.Module, second: nn.Module) -> Fp8Product | None:
-    """The product whose rows are those of `first`, then those of `second`; None where there is none."""
-    if isinstance(first, Fp8Linear) and isinstance(second, Fp8Linear) and first.product is second.product:
-        return first.product
-    return None
+def shared_product(*layers: nn.Module) -> Fp8Product | None:
+    """The product whose rows are those of the layers, in their order; None where there is none."""
+    place, product = 0, None
+    for layer in layers:
+        if not isinstance(layer, Fp8Linear) or layer.first != place or product not in (None, layer.product):
+            return None
+        place, product = layer.end, layer.product
+    return product if product is not None and place == len(product.weight_OI) else None
 
 
 def why_no_fp8(device: torch.device, compute_dtype: torch.dtype) -> str | None:

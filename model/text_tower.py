@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from model.activations import join_weights, joined_weight, swiglu
 from model.attention import Heads, packed_attention, project
 from model.fp8 import shared_product
+from model.fp8_mlp import feed_forward
 from model.kernels import uses_triton
 from model.norms import RMSNorm, stream_dtype
 from model.packing import SequenceLayout, TextPack
@@ -153,9 +154,9 @@ class GatedMlp(nn.Module):
         join_weights(self.gate_proj, self.up_proj)
 
     def forward(self, x_PD: Tensor) -> Tensor:
-        product = shared_product(self.gate_proj, self.up_proj)
-        if product is not None:
-            return self.down_proj(swiglu(product(x_PD), self.kernels))
+        product, down = shared_product(self.gate_proj, self.up_proj), shared_product(self.down_proj)
+        if product is not None and down is not None:
+            return feed_forward(x_PD, product, down, True, self.kernels)
         weight = None if self.kernels == "torch" else joined_weight(self.gate_proj, self.up_proj)
         if weight is None:
             return self.down_proj(F.silu(self.gate_proj(x_PD)) * self.up_proj(x_PD))

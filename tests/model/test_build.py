@@ -131,7 +131,7 @@ def test_an_architecture_may_name_a_tokenizer_folder(small, tmp_path, qwen2_fold
     [
         ({"audio_readout": "mean"}, "audio_readout: got 'mean', allowed are tower, lm"),
         ({"trainable": "none"}, "trainable: got 'none', allowed are lora, full"),
-        ({"base_dtype": "fp16"}, "base_dtype: got 'fp16', allowed are auto, bf16, fp32"),
+        ({"base_dtype": "fp16"}, "base_dtype: got 'fp16', allowed are auto, bf16, fp32, fp8"),
         ({"attention": "eager"}, "attention: got 'eager', allowed are auto, tile, flash, varlen, sdpa"),
         ({"proj_dim": 0}, "proj_dim: got 0, must be at least 1"),
         ({"tower_dropout": 1.0}, "tower_dropout: got 1.0"),

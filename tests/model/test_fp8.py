@@ -231,3 +231,19 @@ def test_widths_that_fp8_cannot_take_are_named():
     model.audio_tower.layer.fc1 = nn.Linear(24, 32)
     with pytest.raises(ValueError, match=r"audio_tower\.layer has a layer of width 24; widths must be multiples of 16"):
         check_widths(model)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a CUDA device")
+def test_both_ways_replay_as_a_cuda_graph():
+    torch.manual_seed(2)
+    product = Fp8Product.of(make_linear(1280, 5120).weight, draw(5120))
+    x, grad = draw(37, 1280), draw(37, 5120)
+    product.input_gradient(product.forward(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, back = product.forward(x), product.input_gradient(grad)
+    x.copy_(draw(37, 1280) * 100)
+    grad.copy_(draw(37, 5120) * 1e-4)
+    graph.replay()
+    assert torch.equal(y, product.forward(x))
+    assert torch.equal(back, product.input_gradient(grad))
