@@ -19,8 +19,8 @@ def log_levels_restored() -> Iterator[None]:
     names = ["", *logging.root.manager.loggerDict]
     levels = {name: logging.getLogger(name).level for name in names}
     yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    for name in ["", *logging.root.manager.loggerDict]:  # those that the test made as well
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))
 
 
 @pytest.fixture
