@@ -20,6 +20,7 @@ FOREIGN = re.compile(r"[(（](PyTorch|gloo|NCCL|system|系统|Modal)[)）]")
 
 def flags() -> set[str]:
     names = {f.name for group in GROUPS for f in dataclasses.fields(getattr(Config(), group))}
+    names |= {f"no-{f.name}" for group in GROUPS for f in dataclasses.fields(getattr(Config(), group)) if f.type is bool}
     names |= {"preset", "config"} | {f.name for f in dataclasses.fields(CostSettings)}
     return {f"--{name}" for name in names} | ELSEWHERE
 
