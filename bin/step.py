@@ -142,6 +142,7 @@ def loss_share(
         relations.num_clips,
         relations.num_terms,
         model.windows is not None,
+        0 if bank is None else len(bank.embeddings_KE),
     )
     pairs = relations.local_pairs(world.rank, device)
     local = pairs if kernels.tiled else pairs.dense()

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 # keep the memory down.
 TILED_FROM_TRITON = 2**22
 TILED_FROM_TORCH = 2**26
+# Scores of clips and bank from which on kernels search it: below, one product and torch's topk are quick enough.
+SEARCHED_FROM = 2**27
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,17 @@ class LossKernels:
 
 
 def choose_kernels(
-    wanted: str, device: torch.device, dtype: torch.dtype, num_clips: int, num_terms: int, own_scores: bool = False
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_clips: int,
+    num_terms: int,
+    own_scores: bool = False,
+    num_bank: int = 0,
 ) -> LossKernels:
     """The same on every rank. wanted: "dense", "fused" or "auto", which is fused where the matrices of the global batch
-    (num_clips, num_terms) are large. own_scores: the model scores the terms itself (maxsim): there are matrices anyway.
+    (num_clips, num_terms) are large, and searches a bank of num_bank terms by kernels where that is large. own_scores: the
+    model scores the terms itself (maxsim): there are matrices anyway.
 
     dense means without any kernel of ours. Triton needs a CUDA device and embeddings that are not fp64.
     """
@@ -37,6 +46,7 @@ def choose_kernels(
     num_scores = num_clips * max(num_clips, num_terms)
     is_large = num_scores >= (TILED_FROM_TRITON if triton else TILED_FROM_TORCH)
     tiled = not own_scores and (wanted == "fused" or (wanted == "auto" and is_large))
+    triton = triton and (wanted == "fused" or tiled or num_clips * num_bank >= SEARCHED_FROM)
     log_once(wanted, device.type, tiled, triton)
     return LossKernels(tiled, triton)
 

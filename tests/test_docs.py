@@ -19,8 +19,8 @@ FOREIGN = re.compile(r"[(（](PyTorch|gloo|NCCL|system|系统|Modal)[)）]")
 
 
 def flags() -> set[str]:
-    names = {f.name for group in GROUPS for f in dataclasses.fields(getattr(Config(), group))}
-    names |= {f"no-{f.name}" for group in GROUPS for f in dataclasses.fields(getattr(Config(), group)) if f.type is bool}
+    fields = [f for group in GROUPS for f in dataclasses.fields(getattr(Config(), group))]
+    names = {f.name for f in fields} | {f"no-{f.name}" for f in fields if f.type is bool}
     names |= {"preset", "config"} | {f.name for f in dataclasses.fields(CostSettings)}
     return {f"--{name}" for name in names} | ELSEWHERE
 

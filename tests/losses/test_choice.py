@@ -23,7 +23,7 @@ def fresh(monkeypatch):
     ("wanted", "device", "size", "expected"),
     [
         ("auto", CUDA, LARGE, LossKernels(tiled=True, triton=True)),
-        ("auto", CUDA, SMALL, LossKernels(tiled=False, triton=True)),
+        ("auto", CUDA, SMALL, LossKernels(tiled=False, triton=False)),
         ("fused", CUDA, SMALL, LossKernels(tiled=True, triton=True)),
         ("dense", CUDA, LARGE, LossKernels(tiled=False, triton=False)),
         ("auto", CPU, SMALL, LossKernels(tiled=False, triton=False)),
@@ -54,3 +54,8 @@ def test_unknown_choice_is_refused():
         choose_kernels("quick", CPU, F32, 1, 1)
     with pytest.raises(ValueError, match="loss_kernels"):
         LossSettings(loss_kernels="quick")
+
+
+def test_a_large_bank_is_searched_by_kernels():
+    found = [choose_kernels("auto", CUDA, F32, 128, 200, num_bank=size) for size in (100_000, 2_000_000)]
+    assert found == [LossKernels(tiled=False, triton=False), LossKernels(tiled=False, triton=True)]
