@@ -35,8 +35,8 @@ def choose_kernels(
     num_bank: int = 0,
 ) -> LossKernels:
     """The same on every rank. wanted: "dense", "fused" or "auto", which is fused where the matrices of the global batch
-    (num_clips, num_terms) are large, and searches a bank of num_bank terms by kernels where that is large. own_scores: the
-    model scores the terms itself (maxsim): there are matrices anyway.
+    (num_clips, num_terms) are large, and searches a bank of num_bank terms by kernels where that is large.
+    own_scores: the model scores the terms itself (maxsim), so there are matrices anyway.
 
     dense means without any kernel of ours. Triton needs a CUDA device and embeddings that are not fp64.
     """
