@@ -88,12 +88,14 @@ def build(shapes: Shapes, device: torch.device, lora: LoraSettings | None = None
 
     `settings`: fields of ModelSettings.
     """
-    logging.getLogger("model.build").setLevel(logging.ERROR)  # random frozen towers are meant here
+    loading, level = logging.getLogger("model.build"), logging.getLogger("model.build").level
     with tempfile.TemporaryDirectory() as folder:
         audio, text = Path(folder) / "audio.json", Path(folder) / "text.json"
         audio.write_text(json.dumps(shapes.audio))
         text.write_text(json.dumps(shapes.text))
+        loading.setLevel(logging.ERROR)  # random frozen towers are meant here
         built = build_model(ModelSettings(audio_model=str(audio), text_model=str(text), **settings), device)
+        loading.setLevel(level)
     inject_lora(built.model, lora or LoraSettings())
     built.model.train()
     return built
