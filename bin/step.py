@@ -170,6 +170,32 @@ def loss_share(
     return share, parts, relations
 
 
+def add_gradients(
+    model: DualEncoder,
+    temperature: Temperature,
+    batch: Batch | FedBatch,
+    settings: LossSettings,
+    world: World,
+    wire_dtype: torch.dtype | None,
+    bank: TermBank | None,
+    clips_per_pass: int,
+    num_accumulated: int,
+) -> tuple[dict[str, Tensor], int]:
+    """Embed, compare and go back: adds the gradients of one of `num_accumulated` batches of a step to those there are.
+
+    Returns (this rank's detached shares of the loss and its parts over num_accumulated, clips of all ranks). A
+    collective. Nothing of the autograd graph outlives the call. A live graph holds the parameters' accumulators, which
+    stay on the stream that they were made on, and a later CUDA graph capture on another stream would have to make that
+    one wait, which CUDA refuses; it also holds captures that were let go, and their memory.
+    """
+    passes = encode_in_passes(model, batch, clips_per_pass)
+    share, parts, relations = loss_share(model, temperature, batch, settings, world, wire_dtype, bank, passes.encoded)
+    (share / num_accumulated).backward()
+    passes.finish()
+    shares = {"loss": share.detach(), **parts}
+    return {name: value / num_accumulated for name, value in shares.items()}, relations.num_clips
+
+
 @torch.no_grad()
 def center_heads(model: DualEncoder, batches: Iterable[Batch]) -> None:
     """Set each head's bias to minus its response to the mean of its inputs over the batches of all ranks. A collective.

@@ -46,7 +46,7 @@ from bin.rundir import (
     tell_status,
 )
 from bin.runlog import Interval, configure_logging, environment, progress_bar
-from bin.step import center_heads, encode_in_passes, loss_share
+from bin.step import add_gradients, center_heads
 from bin.stopping import Preempted, StopRequest
 from bin.tracking import MAX_PROJECTED, Tracker
 from bin.update import make_update
@@ -208,15 +208,13 @@ def train(config: Config) -> int:
                     for _ in range(cfg.grad_accum_steps):
                         with interval.waiting():
                             batch = next(batches_of_epoch)
-                        passes = encode_in_passes(model, batch, clips_per_pass)
-                        share, parts, relations = loss_share(
-                            model, temperature, batch, config.losses, world, wire_dtype, bank, passes.encoded
-                        )
-                        (share / cfg.grad_accum_steps).backward()
-                        passes.finish()
-                        for name, value in {"loss": share.detach(), **parts}.items():
-                            shares[name] = shares.get(name, 0.0) + value / cfg.grad_accum_steps
-                        interval.num_clips += relations.num_clips
+                        found, num_clips = add_gradients(
+                            model, temperature, batch, config.losses, world, wire_dtype, bank, clips_per_pass,
+                            cfg.grad_accum_steps,
+                        )  # fmt: skip
+                        for name, value in found.items():
+                            shares[name] = shares.get(name, 0.0) + value
+                        interval.num_clips += num_clips
                     if is_first_step:
                         check_all_train(arriving)
                         is_first_step = False

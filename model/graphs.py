@@ -15,6 +15,7 @@ Weights are read where they lie and gradients added where they lie, so neither m
 Shapes: N sequences, P packed tokens, T mel frame slots, M mels, E embedding.
 """
 
+import ctypes
 import gc
 import logging
 import time
@@ -208,7 +209,11 @@ class TowerGraphs:
             side.pool = torch.cuda.MemPool()
         try:
             side.captures[size] = capture = _Capture(side, size, tables, payload, self._params, self._stream)
-        except RuntimeError as error:  # torch's for a full device and for what cannot be recorded alike
+        except torch.OutOfMemoryError as error:
+            self.give_up(f"{type(error).__name__}: {error}")
+            return None
+        except RuntimeError as error:  # something that cannot be recorded
+            _mend_broken_capture(device, side.pool)
             self.give_up(f"{type(error).__name__}: {error}")
             return None
         torch.cuda.empty_cache()
@@ -219,7 +224,6 @@ class TowerGraphs:
         logger.debug("captured %s %s in %.2f s: %d so far", side.name, size, seconds, self.num_captures)
         return capture
 
-
     def give_up(self, reason: str) -> None:
         """Train eagerly from now on: slower, and the same numbers. Rank by rank: nothing in a graph is a collective."""
         logger.warning("CUDA graphs are off from here on, small batches are slower: %s", reason.splitlines()[0][:300])
@@ -229,6 +233,18 @@ class TowerGraphs:
                 side.pool, side.num_bytes = None, 0
             side.captures.clear()
         gc.collect()
+
+
+def _mend_broken_capture(device: torch.device, pool: Any) -> None:
+    """Undo what torch before 2.12 leaves behind where the driver calls a capture off.
+
+    The generator would refuse to draw ("outside graph capture"): it gets a state of the same seed and offset that knows
+    of no capture. The allocator believes that the capture goes on, and ends the process when its pool is destroyed: so
+    the pool is never destroyed, not even at the interpreter's end.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
 
 
 class _Capture:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import bin.train
 from bin.config import parse
 from distributed.atomic import load_single_file
 from distributed.rundir import read_status
+from model.dual import DualEncoder
 from retrieval.model_files import open_model
 from tests.bin.tones import environment, finish, torchrun, write_samples
 
@@ -195,8 +197,9 @@ POISON = """
 import sys
 sys.path.insert(0, {root!r})
 import os
+import bin.step
 import bin.train
-real, calls = bin.train.loss_share, 0
+real, calls = bin.step.loss_share, 0
 def poisoned(*args):
     global calls
     calls += 1
@@ -204,7 +207,7 @@ def poisoned(*args):
     if os.environ["RANK"] == "1" and {condition}:
         share = share * float("nan")
     return share, parts, relations
-bin.train.loss_share = poisoned
+bin.step.loss_share = poisoned
 sys.exit(bin.train.main())
 """
 
@@ -241,6 +244,23 @@ def test_early_stop_after_patience_evaluations_on_all_ranks(flags: Flags, tmp_pa
 def test_accumulated_micro_batches_step_once(flags: Flags, tmp_path: Path) -> None:
     assert train(flags("--grad_accum_steps", "2", "--epochs", "1", "--batch_size", "12")) == 0
     assert len(metrics(tmp_path / "runs" / "run", "train/loss")) == 2  # 24 clips, 12 a step
+
+
+def test_no_autograd_graph_outlives_its_batch(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that did would hold the parameters' accumulators on the default stream, and no CUDA graph could be captured
+    beside it."""
+    real, seen = DualEncoder.encode_audio, []
+
+    def watched(self: DualEncoder, *args: object) -> torch.Tensor:
+        audio_BE = real(self, *args)
+        if audio_BE.requires_grad:
+            assert all(earlier() is None for earlier in seen)
+            seen.append(weakref.ref(audio_BE))
+        return audio_BE
+
+    monkeypatch.setattr(DualEncoder, "encode_audio", watched)
+    assert train(flags("--grad_accum_steps", "2", "--epochs", "1", "--batch_size", "12")) == 0
+    assert len(seen) == 4
 
 
 def test_plateau_cuts_the_learning_rate_and_the_warmup_raises_it(flags: Flags, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ sys.path[:] = [p for p in sys.path if Path(p).resolve() != HERE]
 
 import bin.evaluation  # noqa: E402
 import bin.rundir  # noqa: E402
+import bin.step  # noqa: E402
 import bin.train  # noqa: E402
 
 RANK = os.environ.get("RANK", "0")
@@ -30,7 +31,7 @@ RANK = os.environ.get("RANK", "0")
 
 def at_step(step: int, action: Callable[[], None]) -> None:
     """Before the loss of the given step (from 1)."""
-    real, calls = bin.train.loss_share, 0
+    real, calls = bin.step.loss_share, 0
 
     def counting(*args: Any) -> Any:
         nonlocal calls
@@ -39,7 +40,7 @@ def at_step(step: int, action: Callable[[], None]) -> None:
             action()
         return real(*args)
 
-    bin.train.loss_share = counting
+    bin.step.loss_share = counting
 
 
 def before(module: Any, name: str, number: int, action: Callable[[], None]) -> None:
@@ -90,7 +91,7 @@ def nan_on_one_rank(step: int) -> None:
     """Its loss of one step, and so its gradients."""
     if RANK != "1":
         return
-    real, calls = bin.train.loss_share, 0
+    real, calls = bin.step.loss_share, 0
 
     def poisoned(*args: Any) -> Any:
         nonlocal calls
@@ -98,7 +99,7 @@ def nan_on_one_rank(step: int) -> None:
         share, parts, relations = real(*args)
         return (share * float("nan") if calls == step else share), parts, relations
 
-    bin.train.loss_share = poisoned
+    bin.step.loss_share = poisoned
 
 
 def nan_and_term(step: int) -> None:
@@ -159,13 +160,13 @@ def small_disk(kilobytes: int) -> None:
 
 def slow_steps(milliseconds: int) -> None:
     """So that there is time to hit a step from outside."""
-    real = bin.train.loss_share
+    real = bin.step.loss_share
 
     def slow(*args: Any) -> Any:
         time.sleep(milliseconds / 1000)
         return real(*args)
 
-    bin.train.loss_share = slow
+    bin.step.loss_share = slow
 
 
 FAULTS = (

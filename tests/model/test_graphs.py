@@ -314,3 +314,19 @@ def test_a_second_pass_before_the_first_ones_backward_is_eager_and_right(wide_ar
     del dropped
     step(model, *packs)
     assert_alike(gradients(model), expected_grad)
+
+
+@needs_gpu
+def test_a_capture_that_the_driver_calls_off_leaves_training_eager_dropout_included(wide_architectures, packs) -> None:
+    """The accumulators of an eager pass that is still held stay on the default stream: no capture beside them."""
+    model = on_gpu(wide_architectures, 0.3)
+    model.graphs = TowerGraphs(model, captures=False)
+    expected = step(model, *packs, seed=1)
+    model.graphs = graphs = TowerGraphs(model)
+    held = model.encode_audio(packs[0]), model.encode_text(packs[1])
+    graphs.start()
+    for _ in range(2):
+        assert_alike(step(model, *packs, seed=1), expected)
+    assert graphs.num_captures == 0
+    del held
+    torch.cuda.synchronize()
