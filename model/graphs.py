@@ -270,12 +270,14 @@ class _Capture:
         # takes over, and without moving the random state.
         drawn = torch.cuda.get_rng_state(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(side.pool):
-            out_NE = side.run(size, own, self.payload, [])
-            torch.autograd.grad(out_NE, params, torch.zeros_like(out_NE), allow_unused=True)
-            del out_NE
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.set_rng_state(drawn, device)
+        try:
+            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(side.pool):
+                out_NE = side.run(size, own, self.payload, [])
+                torch.autograd.grad(out_NE, params, torch.zeros_like(out_NE), allow_unused=True)
+                del out_NE
+        finally:  # out of memory, too: the eager pass that follows is to draw what it would have drawn
+            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.set_rng_state(drawn, device)
 
         # Other threads (NCCL's, the loader's) may go on with CUDA calls of their own meanwhile.
         place = {"pool": side.pool.id, "stream": stream, "capture_error_mode": "thread_local"}
