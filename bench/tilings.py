@@ -31,13 +31,10 @@ from model.tile_attention import Tiling, tile_attention, tilings_for
 
 COMPILE_S, BUDGET_S = 28.0, 40.0
 TRIES = (
-    ("audio", "backward", Tiling(64, 32, 4, 1)),
-    ("audio", "backward", Tiling(128, 32, 8, 1)),
     ("audio", "key_gradient", Tiling(64, 32, 4, 2)),
     ("audio", "query_gradient", Tiling(64, 32, 4, 2)),
     ("audio", "forward", Tiling(64, 32, 4, 2)),
     ("audio", "forward", Tiling(128, 64, 8, 2)),
-    ("text", "backward", Tiling(32, 16, 4, 1)),
     ("text", "key_gradient", Tiling(32, 16, 4, 1)),
     ("text", "key_gradient", Tiling(64, 16, 4, 1)),
     ("text", "query_gradient", Tiling(64, 16, 4, 1)),

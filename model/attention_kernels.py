@@ -93,13 +93,10 @@ def _query_walk(
 @triton.jit
 def _key_walk(
     dk_low_MC, dk_high_MC, dv_MV, k_low_MC, k_high_MC, v_MV, query_ptr, stride, dout_ptr, dout_stride,
-    out_ptr, out_stride, lse_ptr, delta_ptr, place_ptr, cos_ptr, sin_ptr, first_M, last_M, begin, end, scale_log2,
-    HEAD: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, ROTARY: tl.constexpr, FUSED: tl.constexpr,
+    lse_ptr, delta_ptr, place_ptr, cos_ptr, sin_ptr, first_M, last_M, begin, end, scale_log2,
+    HEAD: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
-    """Adds one query head's part to the gradients of the tile's keys and values: a walk over the rows that see them.
-
-    FUSED: delta of those rows is computed again from out, as no kernel ran before that stored it.
-    """
+    """Adds one query head's part to the gradients of the tile's keys and values: a walk over the rows that see them."""
     for at in range(begin, end, STEP):
         q_low_NC, q_high_NC = load_halves(
             query_ptr, stride, place_ptr, cos_ptr, sin_ptr, at, end - at, HEAD // 2, C, STEP, ROTARY
@@ -107,11 +104,7 @@ def _key_walk(
         dout_NV = load_whole(dout_ptr, dout_stride, at, end - at, HEAD, 2 * C, STEP)
         columns_N = at + tl.arange(0, STEP)
         lse_N = tl.load(lse_ptr + columns_N, mask=columns_N < end, other=0.0)
-        if FUSED:
-            out_NV = load_whole(out_ptr, out_stride, at, end - at, HEAD, 2 * C, STEP)
-            delta_N = tl.sum(dout_NV.to(tl.float32) * out_NV.to(tl.float32), 1)
-        else:
-            delta_N = tl.load(delta_ptr + columns_N, mask=columns_N < end, other=0.0)
+        delta_N = tl.load(delta_ptr + columns_N, mask=columns_N < end, other=0.0)
         seen_MN = (columns_N[None, :] >= first_M[:, None]) & (columns_N[None, :] < last_M[:, None])
         scores_MN = products(k_low_MC, k_high_MC, q_low_NC, q_high_NC) * scale_log2
         weights_MN = tl.where(seen_MN, tl.exp2(scores_MN - lse_N[None, :]), 0.0)
@@ -206,9 +199,9 @@ def key_gradient_kernel(
         head = kv_head * GROUP + member
         dk_low_MC, dk_high_MC, dv_MV = _key_walk(
             dk_low_MC, dk_high_MC, dv_MV, k_low_MC, k_high_MC, v_MV,
-            qkv_ptr + head * HEAD, stride, dout_ptr + head * HEAD, dout_stride, dout_ptr, 0, lse_ptr + head * num_rows,
+            qkv_ptr + head * HEAD, stride, dout_ptr + head * HEAD, dout_stride, lse_ptr + head * num_rows,
             delta_ptr + head * num_rows, place_ptr, cos_ptr, sin_ptr, first_M, last_M, begin, end, scale_log2,
-            HEAD, C, STEP, ROTARY, False,
+            HEAD, C, STEP, ROTARY,
         )  # fmt: skip
     row_stride = (NUM_HEADS + 2 * NUM_KV) * HEAD
     dkey_ptr = dqkv_ptr + (NUM_HEADS + kv_head) * HEAD
@@ -216,135 +209,4 @@ def key_gradient_kernel(
         dk_low_MC * scale, dk_high_MC * scale, dkey_ptr, row_stride,
         place_ptr, cos_ptr, sin_ptr, start, count, HALF, C, TILE, ROTARY,
     )  # fmt: skip
-    store_whole(dv_MV, dkey_ptr + NUM_KV * HEAD, row_stride, start, count, HEAD, V, TILE)
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def backward_kernel(
-    qkv_ptr, dout_ptr, out_ptr, lse_ptr, dqkv_ptr, owner_ptr, place_ptr, cu_ptr, cos_ptr, sin_ptr,
-    num_rows, stride, dout_stride, scale, scale_log2,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,
-    ROTARY: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """All of dqkv: the tile's rows first as queries, then as keys, while their neighbours are still in the caches.
-
-    Grid: (NUM_HEADS / GROUP, tiles). The projection and dout come from memory once; out must have been saved.
-    """
-    HALF: tl.constexpr = HEAD // 2
-    V: tl.constexpr = 2 * C
-    NUM_KV: tl.constexpr = NUM_HEADS // GROUP
-    kv_head = tl.program_id(0)
-    start = tl.program_id(1) * TILE
-    count = tl.minimum(num_rows - start, TILE)
-    key_ptr = qkv_ptr + (NUM_HEADS + kv_head) * HEAD
-    value_ptr = key_ptr + NUM_KV * HEAD
-    row_stride = (NUM_HEADS + 2 * NUM_KV) * HEAD
-    out_stride = NUM_HEADS * HEAD
-    rows_M, first_M, last_M, begin, end = spans(owner_ptr, cu_ptr, start, num_rows, TILE)
-    seen_last_M, seen_end, seeing_first_M, seeing_begin = last_M, end, first_M, begin
-    if CAUSAL:
-        seen_last_M = rows_M + 1
-        seen_end = start + count
-        seeing_first_M = rows_M
-        seeing_begin = start
-    within_M = tl.arange(0, TILE)
-    for member in range(0, GROUP):
-        head = kv_head * GROUP + member
-        q_low_MC, q_high_MC = load_halves(
-            qkv_ptr + head * HEAD, stride, place_ptr, cos_ptr, sin_ptr, start, count, HALF, C, TILE, ROTARY
-        )
-        dout_MV = load_whole(dout_ptr + head * HEAD, dout_stride, start, count, HEAD, V, TILE)
-        out_MV = load_whole(out_ptr + head * HEAD, out_stride, start, count, HEAD, V, TILE)
-        delta_M = tl.sum(dout_MV.to(tl.float32) * out_MV.to(tl.float32), 1)
-        lse_M = tl.load(lse_ptr + head * num_rows + start + within_M, mask=within_M < count, other=0.0)
-        dq_low_MC, dq_high_MC = _query_walk(
-            q_low_MC,
-            q_high_MC,
-            dout_MV,
-            lse_M,
-            delta_M,
-            key_ptr,
-            value_ptr,
-            stride,
-            place_ptr,
-            cos_ptr,
-            sin_ptr,
-            first_M,
-            seen_last_M,
-            begin,
-            seen_end,
-            scale_log2,
-            HEAD,
-            C,
-            TILE,
-            STEP,
-            ROTARY,
-        )
-        store_halves(
-            dq_low_MC * scale,
-            dq_high_MC * scale,
-            dqkv_ptr + head * HEAD,
-            row_stride,
-            place_ptr,
-            cos_ptr,
-            sin_ptr,
-            start,
-            count,
-            HALF,
-            C,
-            TILE,
-            ROTARY,
-        )
-    k_low_MC, k_high_MC = load_halves(key_ptr, stride, place_ptr, cos_ptr, sin_ptr, start, count, HALF, C, TILE, ROTARY)
-    v_MV = load_whole(value_ptr, stride, start, count, HEAD, V, TILE)
-    dk_low_MC = tl.zeros((TILE, C), tl.float32)
-    dk_high_MC = tl.zeros((TILE, C), tl.float32)
-    dv_MV = tl.zeros((TILE, V), tl.float32)
-    for member in range(0, GROUP):
-        head = kv_head * GROUP + member
-        dk_low_MC, dk_high_MC, dv_MV = _key_walk(
-            dk_low_MC,
-            dk_high_MC,
-            dv_MV,
-            k_low_MC,
-            k_high_MC,
-            v_MV,
-            qkv_ptr + head * HEAD,
-            stride,
-            dout_ptr + head * HEAD,
-            dout_stride,
-            out_ptr + head * HEAD,
-            out_stride,
-            lse_ptr + head * num_rows,
-            lse_ptr,
-            place_ptr,
-            cos_ptr,
-            sin_ptr,
-            seeing_first_M,
-            last_M,
-            seeing_begin,
-            end,
-            scale_log2,
-            HEAD,
-            C,
-            STEP,
-            ROTARY,
-            True,
-        )
-    dkey_ptr = dqkv_ptr + (NUM_HEADS + kv_head) * HEAD
-    store_halves(
-        dk_low_MC * scale,
-        dk_high_MC * scale,
-        dkey_ptr,
-        row_stride,
-        place_ptr,
-        cos_ptr,
-        sin_ptr,
-        start,
-        count,
-        HALF,
-        C,
-        TILE,
-        ROTARY,
-    )
     store_whole(dv_MV, dkey_ptr + NUM_KV * HEAD, row_stride, start, count, HEAD, V, TILE)

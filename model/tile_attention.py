@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from model.attention_kernels import backward_kernel, forward_kernel, key_gradient_kernel, query_gradient_kernel
+from model.attention_kernels import forward_kernel, key_gradient_kernel, query_gradient_kernel
 from model.packing import SequenceLayout
 from model.rotary import Rotary
 
@@ -40,12 +40,11 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Tilings:
-    """What the kernels are launched with. `backward`, if set: one kernel gives all gradients where out was saved."""
+    """What the kernels are launched with."""
 
     forward: Tiling
     query_gradient: Tiling
     key_gradient: Tiling
-    backward: Tiling | None = None
 
 
 NARROW = Tilings(forward=Tiling(64, 64, 4, 2), query_gradient=Tiling(64, 32, 4, 2), key_gradient=Tiling(64, 32, 4, 2))
@@ -129,7 +128,7 @@ def _row_major(x_PJ: Tensor) -> Tensor:
 
 
 class _TileAttention(torch.autograd.Function):
-    """Forward kernel; in the backward pass one kernel over query tiles, then one over key tiles, or one for both."""
+    """Forward kernel; in the backward pass one kernel over query tiles, then one over key tiles."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, qkv_PJ: Tensor, call: _Call) -> Tensor:
@@ -159,12 +158,6 @@ class _TileAttention(torch.autograd.Function):
         num_rows, scale = len(qkv_PJ), call.head_dim**-0.5
         dqkv_PJ = torch.empty_like(qkv_PJ, memory_format=torch.contiguous_format)
         sizes = (num_rows, qkv_PJ.stride(0), dout_PV.stride(0), scale, scale * _LOG2_E)
-        if saved and call.tilings.backward is not None:
-            tiling = call.tilings.backward
-            backward_kernel[call.grid(call.num_kv_heads, num_rows, tiling)](
-                qkv_PJ, dout_PV, saved[0], lse_HP, dqkv_PJ, *call.tables(), *sizes, **call.constants(tiling)
-            )
-            return dqkv_PJ, None
         delta_HP = torch.empty_like(lse_HP)
         tiling = call.tilings.query_gradient
         query_gradient_kernel[call.grid(call.num_heads, num_rows, tiling)](
