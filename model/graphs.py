@@ -206,14 +206,14 @@ class TowerGraphs:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         if side.pool is None:
-            side.pool = torch.cuda.MemPool()
+            side.pool = _new_pool()
         try:
             side.captures[size] = capture = _Capture(side, size, tables, payload, self._params, self._stream)
         except torch.OutOfMemoryError as error:
             self.give_up(f"{type(error).__name__}: {error}")
             return None
         except RuntimeError as error:  # something that cannot be recorded
-            _mend_broken_capture(device, side.pool)
+            _mend_broken_capture(device)
             self.give_up(f"{type(error).__name__}: {error}")
             return None
         torch.cuda.empty_cache()
@@ -235,16 +235,36 @@ class TowerGraphs:
         gc.collect()
 
 
-def _mend_broken_capture(device: torch.device, pool: Any) -> None:
+_pools: "weakref.WeakSet[Any]" = weakref.WeakSet()  # those of this process
+_pools_stay = False  # a capture has broken: no pool may be destroyed any more
+
+
+def _new_pool() -> Any:
+    pool = torch.cuda.MemPool()
+    _pools.add(pool)
+    if _pools_stay:
+        _keep_for_good(pool)
+    return pool
+
+
+def _keep_for_good(pool: Any) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+
+
+def _mend_broken_capture(device: torch.device) -> None:
     """Undo what torch before 2.12 leaves behind where the driver calls a capture off.
 
     The generator would refuse to draw ("outside graph capture"): it gets a state of the same seed and offset that knows
-    of no capture. The allocator believes that the capture goes on, and ends the process when its pool is destroyed: so
-    the pool is never destroyed, not even at the interpreter's end.
+    of no capture. The allocator believes that the capture goes on, and ends the process when any pool is destroyed: so
+    no pool of this process ever is, other models' included, not even at the interpreter's end.
     """
+    global _pools_stay
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     generator.graphsafe_set_state(generator.clone_state())
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+    if not _pools_stay:
+        _pools_stay = True
+        for pool in _pools:
+            _keep_for_good(pool)
 
 
 class _Capture:
