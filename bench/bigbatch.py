@@ -129,6 +129,7 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
 
     clips, one_pass_s, peak = largest_in_one_pass(training, shapes, (4, 2) if tiny else ONE_PASS_CLIPS)
     one_pass_rate = clips / one_pass_s
+    training.release()
     found.rows.append({"step": "one pass", "clips": clips, "a pass": clips, "s": one_pass_s, "clips/s": one_pass_rate,
                        "of one pass": 1.0, "GiB": peak})  # fmt: skip
     fed = many_clips(num_clips, shapes, device)

@@ -260,7 +260,7 @@ def cap_memory(gib: float, device: torch.device) -> None:
     """Let this process's allocator take no more than so much of the device, as if it were smaller."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device.index)  # None: the current one
 
 
 def peak_gib(device: torch.device) -> float | None:

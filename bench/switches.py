@@ -93,7 +93,11 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     clips, steps = (3, 6) if tiny else (NUM_CLIPS, NUM_STEPS)
     found = Findings(f"loss curves of {steps} steps, {clips} clips, with every optimisation on and off")
     variants = {"all on": Switches(), "all off": ALL_OFF, **each_off()}
-    curves = {name: train(shapes, switches, clips, steps) for name, switches in variants.items()}
+    curves = {}
+    for name, switches in variants.items():
+        started = time.perf_counter()
+        curves[name] = curve = train(shapes, switches, clips, steps)
+        print(f"{name}: {curve.ms:.1f} ms a step, {time.perf_counter() - started:.1f} s in all", flush=True)
     on, off = curves["all on"], curves["all off"]
     for name, curve in curves.items():
         found.rows.append({

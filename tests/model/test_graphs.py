@@ -137,7 +137,7 @@ def test_a_capture_that_fails_leaves_training_eager_and_right(
     monkeypatch.setattr("model.graphs._Capture", no_memory)
     monkeypatch.setattr("model.graphs._Side.make_room", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
-    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "MemPool", type("MemPool", (), {}))
     graphs = model.graphs = TowerGraphs(model, captures=False)
     graphs._captures, graphs._stream = True, object()
     graphs.start()
