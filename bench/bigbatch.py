@@ -25,16 +25,17 @@ from torch import Tensor
 from bench.drawn import Drawn, as_batch, draw, on_device
 from bench.findings import Findings, run_alone
 from bench.limits import Limits, bench_device, synchronize
-from bench.ours import Shapes, Training, batches, build, cap_memory, peak_gib
+from bench.ours import Shapes, Training, batches, build, cap_memory, count_tokens, peak_gib
 from bin.feed import FedBatch
+from bin.fit import GRAPHS_SPREAD, costs, room_bytes
 from bin.step import Encoded
+from model.memory import clips_in
 
 CAP_GIB = 40.0
 NUM_CLIPS = 16_384
 NUM_DRAWN = 2048  # different clips among them
 ONE_PASS_CLIPS = (512, 448, 384, 320, 256, 192, 128, 64)
 LEAST_COSINE, LEAST_RATIO = 0.9999, 0.62
-RESERVE_GIB = 2.0  # fragments, and what the driver and cuBLAS hold
 
 
 def many_clips(num_clips: int, shapes: Shapes, device: torch.device) -> FedBatch:
@@ -136,9 +137,11 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     of_loss_gib = loss_gib(training, fed)
     chunk = clips
     if peak is not None:
-        a_clip_gib = (peak - base_gib) / clips
-        room_gib = CAP_GIB - RESERVE_GIB - base_gib - of_loss_gib - fed.batch.pcm_S.nbytes / 2**30
-        chunk = min(clips, max(16, int(room_gib / a_clip_gib) // 16 * 16))
+        room = room_bytes(CAP_GIB, training.model)
+        assert room is not None
+        a_clip = [count / num_clips for count in count_tokens(fed)]
+        fitting = clips_in(*costs(training.model), *a_clip, (room - of_loss_gib * 2**30) / GRAPHS_SPREAD)
+        chunk = min(clips, max(16, fitting // 16 * 16))
     some = many_clips(min(4 * chunk, NUM_DRAWN), shapes, device)
     time_step(training, some, chunk)  # captures most of the graphs
     for name, num_kept in (("two passes", 1), ("naive two passes", 0)):

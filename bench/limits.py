@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from distributed.processes import use_growing_segments
+
 MATRIX_SIZE = 8192
 COPY_BYTES = 1 << 30
 TINY_MATRIX_SIZE, TINY_COPY_BYTES = 256, 1 << 20  # a CPU, to see that a program runs
@@ -41,6 +43,8 @@ class Limits:
 
 
 def bench_device() -> torch.device:
+    """The GPU if there is one, its memory held as in a training run, for the peers as well."""
+    use_growing_segments()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

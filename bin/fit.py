@@ -27,6 +27,8 @@ RESERVE_BYTES, FRAGMENTS = 2**30, 0.03
 """Left free: libraries' workspaces and the loss, and a share of the cap that lies in pieces too small."""
 ADAM_BYTES = 8
 """A trainable parameter: the two moments, which the first step makes."""
+GRAPHS_SPREAD = 1.3
+"""What CUDA graphs of many size classes hold in the pool that they share, of what the largest one needs alone."""
 STEP_OF_CLIPS = 8
 
 
@@ -86,6 +88,11 @@ def costs(model: DualEncoder) -> tuple[LayerCost, LayerCost]:
     return layer_cost(audio.config, itemsize, fused=fused), layer_cost(text.config, itemsize, fused=fused)
 
 
+def graphs_spread(config: Config, model: DualEncoder) -> float:
+    """By how much more room to leave where nothing is recomputed, and both towers may be CUDA graphs."""
+    return GRAPHS_SPREAD if model.device.type == "cuda" and config.model.cuda_graphs != "off" else 1.0
+
+
 def count_tokens(model: DualEncoder, batch: Batch) -> tuple[int, int]:
     """(audio tokens, text tokens) that the towers' layers work on; audio_readout=lm sends clips through both."""
     config = model.audio_tower.config
@@ -101,10 +108,12 @@ def choose(config: Config, model: DualEncoder, batches: list[Batch], room: float
     audio, text = costs(model)
     counts = [count_tokens(model, batch) for batch in batches]
     audio_tokens, text_tokens = (int(SPREAD * max(column)) for column in zip(*counts, strict=True))
-    plan, gib = None, room / 2**30
+    plan, gib, spread = None, room / 2**30, graphs_spread(config, model)
     if config.model.checkpointing == "auto":
         may_park = model.device.type == "cuda" and config.train.clips_per_pass != "auto"  # passes are faster
         plan = plan_layers(audio, text, audio_tokens, text_tokens, room, may_park)
+        if not plan.num_audio and not plan.num_text and plan.bytes_needed * spread > room:
+            plan = plan_layers(audio, text, audio_tokens, text_tokens, room / spread, may_park)
         if plan.fits or config.train.clips_per_pass != "auto":
             logger.info(
                 "memory: %d of %d audio and %d of %d text layers are recomputed%s; a step takes %.1f of %.1f GiB",
@@ -115,7 +124,7 @@ def choose(config: Config, model: DualEncoder, batches: list[Batch], room: float
                 logger.warning("memory: even so a step may not fit; lower batch_size, or use --clips_per_pass auto")
             return Fitted(0 if config.train.clips_per_pass == "auto" else int(config.train.clips_per_pass), plan)
     num_clips = max(batch.num_clips for batch in batches)
-    fitting = clips_in(audio, text, audio_tokens / max(1, num_clips), text_tokens / max(1, num_clips), room)
+    fitting = clips_in(audio, text, audio_tokens / max(1, num_clips), text_tokens / max(1, num_clips), room / spread)
     if fitting >= num_clips:
         logger.info("memory: all %d clips at once fit in %.1f GiB", num_clips, gib)
         return Fitted(0, Plan(0, 0, 0, True))

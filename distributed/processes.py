@@ -44,6 +44,16 @@ class World:
         return self.rank == 0
 
 
+def use_growing_segments() -> None:
+    """Let the device's memory be held in segments that grow (torch's `expandable_segments`), unless the environment
+    says otherwise. Without, pieces of the wrong size lie idle: under 40 GiB, a fifth fewer clips fit in a step.
+
+    To be called before the first tensor on a device.
+    """
+    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeout_s: float = 600.0) -> World:
     """Read the environment, choose the device and join the other processes.
 
@@ -55,6 +65,7 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
         raise ValueError(f"device is {device!r}; allowed: auto, cpu, cuda")
     if dist.is_initialized():
         raise RuntimeError("the process group is already there: processes.start() runs once in a process")
+    use_growing_segments()
     present = [name for name in TORCHRUN_VARIABLES if name in os.environ]
     if "RANK" not in present and "WORLD_SIZE" not in present:
         return World(0, 1, 0, choose_device(device, 0), "none", 0)

@@ -57,7 +57,6 @@ ENVIRONMENT = {
     "XDG_CACHE_HOME": CACHE,
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     # Modal kills 30 s after its interrupt.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "25",
 }

@@ -128,7 +128,8 @@ def _activate(
     tail_value = _activated(pre_ptr, tail, (tail < WIDTH) & (row < num_rows), WIDTH, GATED)
     amax = tl.maximum(tl.max(tl.abs(head_value), axis=0), tl.max(tl.abs(tail_value), axis=0))
     amax = tl.maximum(amax, LEAST)
-    factor, kind = LARGEST / amax, quantised_ptr.dtype.element_ty
+    factor = LARGEST / amax
+    kind: tl.constexpr = quantised_ptr.dtype.element_ty
     tl.store(quantised_ptr + head, (head_value * factor).to(kind), mask=head < WIDTH)
     tl.store(quantised_ptr + tail, (tail_value * factor).to(kind), mask=tail < WIDTH)
     tl.store(scale_ptr + row, amax / LARGEST)
@@ -174,7 +175,8 @@ def _activate_backward(
         amax = tl.maximum(amax, tl.max(tl.abs(head_second), axis=0))
         amax = tl.maximum(amax, tl.max(tl.abs(tail_second), axis=0))
     amax = tl.maximum(amax, LEAST)
-    factor, kind = LARGEST / amax, quantised_ptr.dtype.element_ty
+    factor = LARGEST / amax
+    kind: tl.constexpr = quantised_ptr.dtype.element_ty
     tl.store(quantised_ptr + head, (head_first * factor).to(kind), mask=head < WIDTH)
     tl.store(quantised_ptr + tail, (tail_first * factor).to(kind), mask=tail < WIDTH)
     if GATED:

@@ -1,5 +1,6 @@
 """What `auto` chooses for a small model under caps, and that training under it gives the same gradients."""
 
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -127,3 +128,17 @@ def test_a_run_on_auto_learns_as_one_that_keeps_everything(flags: Callable[..., 
         curves.append([line["train/loss"] for line in lines if "train/loss" in line])
     assert "layers are recomputed" in next((tmp_path / "runs" / "auto").glob("train_*.log")).read_text()
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+
+
+def test_room_is_left_for_graphs_of_many_classes(
+    model: DualEncoder, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.memory.AUDIO_FRONT_BYTES", 0)
+    tight = next(cap for cap in (cap_for(model, 1000.0 * n) for n in itertools.count(1)) if not any(
+        fitted(model, batches, cap)
+    ))  # fmt: skip
+    monkeypatch.setattr("bin.fit.graphs_spread", lambda *_: 1.3)
+    assert fitted(model, batches, tight)[0] > 0
+    loose = room_bytes(tight, model)
+    assert loose is not None
+    assert fitted(model, batches, cap_for(model, 1.31 * loose)) == (0, 0, 0)

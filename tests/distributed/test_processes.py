@@ -1,9 +1,16 @@
 """Starting without torchrun, and environments that cannot be right. What needs other ranks: checks_processes.py."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from distributed import processes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +49,29 @@ def test_half_an_environment_is_refused(monkeypatch):
 def test_asked_for_cuda_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match="shows 0 GPUs"):
         processes.start("cuda")
+
+
+def test_device_memory_grows_in_place_unless_the_environment_says_otherwise(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    processes.use_growing_segments()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    processes.use_growing_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "garbage_collection_threshold:0.8")
+    processes.use_growing_segments()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "garbage_collection_threshold:0.8"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: its allocator")
+def test_a_started_process_has_memory_that_grows():
+    program = (
+        "import torch; from distributed import processes; world = processes.start('cuda'); "
+        "x = torch.zeros(1 << 24, device=world.device); "
+        "print(all(s['is_expandable'] for s in torch.cuda.memory_snapshot()))"
+    )
+    unset = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", program], env=unset, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr
