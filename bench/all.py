@@ -65,7 +65,7 @@ def run_part(name: str, tiny: bool, limits: Limits | None, limit_s: float) -> di
         if failure is None and out.exists():
             return found | json.loads(out.read_text())
         lines = printed.strip().splitlines()
-        print("\n".join(lines[-12:]), flush=True)
+        print("\n".join(lines[-40:]), flush=True)
         return found | {"error": f"{failure or 'wrote nothing'}: {lines[-1] if lines else 'nothing was printed'}"}
 
 

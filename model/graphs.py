@@ -338,5 +338,6 @@ class _Replay(torch.autograd.Function):
         capture.grad_NE.zero_()
         capture.grad_NE[: ctx.num_rows].copy_(grad_NE)
         capture.backward.replay()
-        capture.side.in_use = ctx.ticket = None
+        # Of a history that lives on, nothing keeps the capture: another may soon need its memory.
+        capture.side.in_use = ctx.ticket = ctx.capture = None
         return None, None, None, None, None

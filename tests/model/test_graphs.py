@@ -1,5 +1,6 @@
 """Packs filled up to size classes give what they gave before; on a GPU, replayed graphs give what eager passes give."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from lora.inject import inject_lora
 from lora.settings import LoraSettings
 from model.build import build_model
 from model.dual import DualEncoder
-from model.graphs import TowerGraphs, add_graphs, why_no_graphs
+from model.graphs import TowerGraphs, _Replay, _Side, add_graphs, why_no_graphs
 from model.packing import AudioLayout, AudioPack, TextPack
 from model.settings import ModelSettings
 from model.sizes import SizeClass
@@ -150,6 +151,33 @@ def test_a_capture_that_fails_leaves_training_eager_and_right(
     assert len(tried) == 1
     assert caplog.text.count("CUDA graphs are off from here on") == 1
     assert "OutOfMemoryError: CUDA out of memory" in caplog.text
+
+
+def test_a_history_keeps_no_capture_once_it_has_gone_back() -> None:
+    """In two passes the rows of the first live on while the second captures: memory for both would be too much."""
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    class Capture:
+        def __init__(self) -> None:
+            self.side, self.backward, self.grad_NE = _Side("audio", lambda *_: torch.ones(0)), Graph(), torch.zeros(4, 2)
+
+        def replay_forward(self, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
+            return torch.ones(num_rows, 2)
+
+    capture = Capture()
+    side, grad_NE, gone = capture.side, capture.grad_NE, weakref.ref(capture)
+    anchor, nothing = torch.zeros((), requires_grad=True), torch.zeros(0)
+    rows = _Replay.apply(anchor, capture, nothing, nothing, 3)
+    assert side.is_busy()
+    del capture
+    assert gone() is not None, "its backward graph is still to run"
+    rows.backward(torch.full((3, 2), 2.0))
+    assert gone() is None
+    assert not side.is_busy()
+    assert grad_NE.tolist() == [[2.0, 2.0]] * 3 + [[0.0, 0.0]]
 
 
 def test_what_keeps_graphs_away_is_said(write_qwen2_audio) -> None:
