@@ -72,7 +72,8 @@ def run_part(name: str, tiny: bool, limits: Limits | None, limit_s: float) -> di
 def child(name: str, given: Path, out: Path, tiny: bool) -> int:
     """The process of one part; `limits` is one as well."""
     if name == "limits":
-        out.write_text(json.dumps({**measure_limits(tiny).to_json(), "environment": environment(str(bench_device()))}))
+        found = {key: value for key, value in environment(str(bench_device())).items() if key != "argv"}
+        out.write_text(json.dumps({**measure_limits(tiny).to_json(), "environment": found}))
         return 0
     limits = Limits(**json.loads(given.read_text()))
     found = importlib.import_module(f"bench.{name}").measure(limits, tiny)
@@ -116,12 +117,16 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     rows = report["parts"].get("step", {}).get("rows", [])
     for side in dict.fromkeys(row["side"] for row in rows):
-        points = [(row["clips"], row["clips/s"]) for row in rows if row["side"] == side and row.get("clips/s")]
+        points = sorted((row["clips"], row["clips/s"]) for row in rows if row["side"] == side and row.get("clips/s"))
         if points:
             left.plot(*zip(*points, strict=True), marker="o", label=side)
     left.set(xscale="log", yscale="log", xlabel="clips a step", ylabel="clips a second", title="training step")
+    sizes = sorted({row["clips"] for row in rows})
+    left.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    left.set_xticks([], minor=True)
     left.grid(alpha=0.3, which="both")
-    left.legend()
+    if rows:
+        left.legend()
     names, shares = [], []
     for name, part in report["parts"].items():
         for check in Findings.from_json(part).checks if "error" not in part else []:

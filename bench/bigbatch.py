@@ -139,8 +139,10 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     if peak is not None:
         room = room_bytes(CAP_GIB, training.model)
         assert room is not None
-        a_clip = [count / num_clips for count in count_tokens(fed)]
-        fitting = clips_in(*costs(training.model), *a_clip, (room - of_loss_gib * 2**30) / GRAPHS_SPREAD)
+        audio_tokens, text_tokens = (count / num_clips for count in count_tokens(fed))
+        fitting = clips_in(
+            *costs(training.model), audio_tokens, text_tokens, (room - of_loss_gib * 2**30) / GRAPHS_SPREAD
+        )
         chunk = min(clips, max(16, fitting // 16 * 16))
     some = many_clips(min(4 * chunk, NUM_DRAWN), shapes, device)
     time_step(training, some, chunk)  # captures most of the graphs

@@ -16,7 +16,8 @@ from distributed.processes import use_growing_segments
 
 MATRIX_SIZE = 8192
 COPY_BYTES = 1 << 30
-TINY_MATRIX_SIZE, TINY_COPY_BYTES = 256, 1 << 20  # a CPU, to see that a program runs
+CPU_MATRIX_SIZE, CPU_COPY_BYTES = 1024, 1 << 26
+TINY_MATRIX_SIZE, TINY_COPY_BYTES = 256, 1 << 20  # to see that a program runs
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def seconds_of(call: Callable[[], Any], device: torch.device, count: int = 20, w
 def measure_limits(tiny: bool = False) -> Limits:
     """About a second on a GPU; measured once a process."""
     device = bench_device()
-    size, num_bytes = (TINY_MATRIX_SIZE, TINY_COPY_BYTES) if tiny else (MATRIX_SIZE, COPY_BYTES)
+    size, num_bytes = (MATRIX_SIZE, COPY_BYTES) if device.type == "cuda" else (CPU_MATRIX_SIZE, CPU_COPY_BYTES)
+    if tiny:
+        size, num_bytes = TINY_MATRIX_SIZE, TINY_COPY_BYTES
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     product_s, copy_s = _product_seconds(size, dtype, device), _copy_seconds(num_bytes, device)

@@ -162,7 +162,8 @@ def test_a_history_keeps_no_capture_once_it_has_gone_back() -> None:
 
     class Capture:
         def __init__(self) -> None:
-            self.side, self.backward, self.grad_NE = _Side("audio", lambda *_: torch.ones(0)), Graph(), torch.zeros(4, 2)
+            self.side, self.backward = _Side("audio", lambda *_: torch.ones(0)), Graph()
+            self.grad_NE = torch.zeros(4, 2)
 
         def replay_forward(self, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
             return torch.ones(num_rows, 2)
