@@ -121,12 +121,9 @@ def query_gradient_kernel(
     qkv_ptr, dout_ptr, out_ptr, lse_ptr, delta_ptr, dqkv_ptr, owner_ptr, place_ptr, cu_ptr, cos_ptr, sin_ptr,
     num_rows, stride, dout_stride, scale, scale_log2,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,
-    ROTARY: tl.constexpr, SAVED: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    ROTARY: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The query part of dqkv, and delta[r] = dout[r] out[r] for the key part.
-
-    Grid: (NUM_HEADS, tiles). Where out was not SAVED, delta is the mean of dout v under the softmax, in a first walk.
-    """
+    """The query part of dqkv, and delta[r] = dout[r] out[r] for the key part. Grid: (NUM_HEADS, tiles)."""
     HALF: tl.constexpr = HEAD // 2
     V: tl.constexpr = 2 * C
     head = tl.program_id(0)
@@ -144,21 +141,8 @@ def query_gradient_kernel(
     dout_MV = load_whole(dout_ptr + head * HEAD, dout_stride, start, count, HEAD, V, TILE)
     within_M = tl.arange(0, TILE)
     lse_M = tl.load(lse_ptr + head * num_rows + start + within_M, mask=within_M < count, other=0.0)
-    if SAVED:
-        out_MV = load_whole(out_ptr + head * HEAD, NUM_HEADS * HEAD, start, count, HEAD, V, TILE)
-        delta_M = tl.sum(dout_MV.to(tl.float32) * out_MV.to(tl.float32), 1)
-    else:
-        delta_M = tl.zeros((TILE,), tl.float32)
-        for at in range(begin, end, STEP):
-            k_low_NC, k_high_NC = load_halves(
-                key_ptr, stride, place_ptr, cos_ptr, sin_ptr, at, end - at, HALF, C, STEP, ROTARY
-            )
-            v_NV = load_whole(value_ptr, stride, at, end - at, HEAD, V, STEP)
-            columns_N = at + tl.arange(0, STEP)
-            seen_MN = (columns_N[None, :] >= first_M[:, None]) & (columns_N[None, :] < last_M[:, None])
-            scores_MN = products(q_low_MC, q_high_MC, k_low_NC, k_high_NC) * scale_log2
-            weights_MN = tl.where(seen_MN, tl.exp2(scores_MN - lse_M[:, None]), 0.0)
-            delta_M += tl.sum(weights_MN * tl.dot(dout_MV, tl.trans(v_NV), input_precision="ieee"), 1)
+    out_MV = load_whole(out_ptr + head * HEAD, NUM_HEADS * HEAD, start, count, HEAD, V, TILE)
+    delta_M = tl.sum(dout_MV.to(tl.float32) * out_MV.to(tl.float32), 1)
     tl.store(delta_ptr + head * num_rows + start + within_M, delta_M, mask=within_M < count)
 
     dq_low_MC, dq_high_MC = _query_walk(

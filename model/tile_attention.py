@@ -74,7 +74,6 @@ class _Call:
     causal: bool
     rotary: Rotary | None
     tilings: Tilings
-    saves_out: bool
 
     def grid(self, num_heads: int, num_rows: int, tiling: Tiling) -> tuple[int, int]:
         return num_heads, triton.cdiv(num_rows, tiling.tile)
@@ -108,17 +107,15 @@ def tile_attention(
     causal: bool,
     rotary: Rotary | None = None,
     tilings: Tilings | None = None,
-    saves_out: bool = True,
 ) -> Tensor:
     """Attention within each sequence of the pack, scaled by D ** -0.5: [P, H * D] in the dtype of qkv_PJ.
 
     D is even, at most 128; dtypes bf16, fp16, and fp32 (multiplied as fp32: for tests). `rotary` turns queries and
-    keys first, in fp32. For the backward pass qkv_PJ and a number a row and head are kept, and the result if
-    `saves_out`; otherwise its gradient's part is computed again. Deterministic.
+    keys first, in fp32. For the backward pass qkv_PJ, the result and a number a row and head are kept. Deterministic.
     """
     head_dim = qkv_PJ.shape[1] // (num_heads + 2 * num_kv_heads)
     tilings = tilings or tilings_for(head_dim, qkv_PJ.device)
-    call = _Call(num_heads, num_kv_heads, head_dim, layout, causal, rotary, tilings, saves_out)
+    call = _Call(num_heads, num_kv_heads, head_dim, layout, causal, rotary, tilings)
     out_PV: Tensor = _TileAttention.apply(qkv_PJ, call)
     return out_PV
 
@@ -146,14 +143,14 @@ class _TileAttention(torch.autograd.Function):
             call.head_dim**-0.5 * _LOG2_E,
             **call.constants(tiling),
         )
-        ctx.save_for_backward(qkv_PJ, lse_HP, *([out_PV] if call.saves_out else []))
+        ctx.save_for_backward(qkv_PJ, lse_HP, out_PV)
         ctx.call = call  # type: ignore[attr-defined]
         return out_PV
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dout_PV: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         call: _Call = ctx.call  # type: ignore[attr-defined]
-        qkv_PJ, lse_HP, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        qkv_PJ, lse_HP, out_PV = ctx.saved_tensors  # type: ignore[attr-defined]
         dout_PV = _row_major(dout_PV)
         num_rows, scale = len(qkv_PJ), call.head_dim**-0.5
         dqkv_PJ = torch.empty_like(qkv_PJ, memory_format=torch.contiguous_format)
@@ -163,13 +160,12 @@ class _TileAttention(torch.autograd.Function):
         query_gradient_kernel[call.grid(call.num_heads, num_rows, tiling)](
             qkv_PJ,
             dout_PV,
-            saved[0] if saved else dout_PV,
+            out_PV,
             lse_HP,
             delta_HP,
             dqkv_PJ,
             *call.tables(),
             *sizes,
-            SAVED=bool(saved),
             **call.constants(tiling),
         )
         tiling = call.tilings.key_gradient

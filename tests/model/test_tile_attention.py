@@ -34,7 +34,7 @@ def reference(qkv_PJ, heads, lengths, causal, rotary):
     return torch.cat(out)
 
 
-def compare(lengths, heads, causal, turned, dtype, tilings, saves_out=True, layout=None):
+def compare(lengths, heads, causal, turned, dtype, tilings, layout=None):
     """The largest differences of values and of gradients, each over the largest element of what is right."""
     torch.manual_seed(0)
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
@@ -43,7 +43,7 @@ def compare(lengths, heads, causal, turned, dtype, tilings, saves_out=True, layo
     rotary = Rotary.build(1e4, heads.head_dim, max(lengths), dtype, torch.device(DEVICE)) if turned else None
     exact = None if rotary is None else Rotary(rotary.cos_LD.double(), rotary.sin_LD.double())
     layout = layout or SequenceLayout.build(lengths, DEVICE)
-    ours = tile_attention(qkv_PJ, heads.num_heads, heads.num_kv_heads, layout, causal, rotary, tilings, saves_out)
+    ours = tile_attention(qkv_PJ, heads.num_heads, heads.num_kv_heads, layout, causal, rotary, tilings)
     theirs = reference(wide_PJ, heads, lengths, causal, exact)
     dout = torch.randn_like(ours)
     (grad,) = torch.autograd.grad(ours, qkv_PJ, dout)
@@ -51,11 +51,10 @@ def compare(lengths, heads, causal, turned, dtype, tilings, saves_out=True, layo
     return [((a - b).abs().max() / b.abs().max()).item() for a, b in ((ours, theirs), (grad, exact_grad))]
 
 
-@pytest.mark.parametrize("saves_out", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_values_and_gradients(causal, turned, saves_out):
-    errors = compare(LENGTHS, Heads(1, 1, 32), causal, turned, torch.float32, SMALL, saves_out)
+def test_values_and_gradients(causal, turned):
+    errors = compare(LENGTHS, Heads(1, 1, 32), causal, turned, torch.float32, SMALL)
     assert max(errors) < 2e-6
 
 
@@ -111,12 +110,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("saves_out", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(64, 4), (128, 4), (128, 2), (80, 1), (32, 4)])
-def test_tensor_cores(head_dim, kv_heads, causal, saves_out, dtype):
+def test_tensor_cores(head_dim, kv_heads, causal, dtype):
     lengths = [7, 130, 1, 64, 2, 2, 2, 700, 5]
-    errors = compare(lengths, Heads(4, kv_heads, head_dim), causal, True, dtype, None, saves_out)
+    errors = compare(lengths, Heads(4, kv_heads, head_dim), causal, True, dtype, None)
     assert max(errors) < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
