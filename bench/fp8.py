@@ -32,7 +32,7 @@ from bench.ours import Shapes, Timed, Training, batches, build, time_steps
 from bin.feed import FedBatch
 from model.fp8 import quantise_frozen, why_no_fp8
 
-SIZES, TINY_SIZES = (256, 384), (2,)
+SIZES, TINY_SIZES = (384,), (2,)
 NUM_BATCHES, STEPS = 1, 20
 TASK_CLIPS, TASK_STEPS = 64, 20
 SEEDS = (7, 8)

@@ -32,9 +32,9 @@ from model.memory import AUDIO_FRONT_BYTES, Plan, bytes_needed, parked, plan_lay
 
 CAP_GIB = 40.0
 WHOLE_SIZES, TINY_SIZES = (200, 240, 280, 320, 360, 400), (2, 4)
-RECOMPUTED_SIZES = (400, 1200, 2000, 4000)  # the last ones with inputs of layers in host memory
+RECOMPUTED_SIZES = (400, 2000, 4000)  # the last ones with inputs of layers in host memory
 PARITY_CLIPS, LEAST_COSINE = 32, 0.9999
-LIMIT_S = {"whole": 40.0, "recomputed": 60.0}
+LIMIT_S = {"whole": 40.0, "recomputed": 70.0}
 WHOLE_TARGET, RECOMPUTED_TARGET = 400, 4000
 
 
