@@ -28,6 +28,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from bench.findings import Findings, number
 from bench.limits import Limits, bench_device, measure_limits
 from bin.runlog import environment
@@ -40,6 +42,8 @@ PARTS = {
     "step": 200.0, "memory": 120.0, "bigbatch": 75.0, "fp8": 90.0, "lora": 45.0, "loss": 50.0, "bank": 40.0,
     "tower": 60.0, "switches": 80.0,
 }  # fmt: skip
+if torch.cuda.device_count() > 1:
+    PARTS["scaling"] = 200.0
 WHOLE_S = 530.0
 LIMITS_S = 60.0
 

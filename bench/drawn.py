@@ -11,7 +11,8 @@ Shapes: B clips, N terms, S samples of all clips, P tokens of all strings.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from bin.feed import FedBatch
 from data.batches import Batch
+from data.order import BYTES_PER_TOKEN, deal, loads
 
 SAMPLE_RATE = 16_000
 TEXT_VOCABULARY = 150_000
@@ -87,6 +89,44 @@ def as_batch(drawn: Drawn, seed: int, vocabulary: int = TEXT_VOCABULARY) -> Batc
         ign_indptr_B1=starts_B1.astype(np.int64),
         ign_groups=groups_N.copy(),
     )
+
+
+def part_of(batch: Batch, clips: Sequence[int]) -> Batch:
+    """Some clips of a drawn batch with their texts and terms, as a rank gets them: keys stay those of the whole."""
+    pcm = np.split(batch.pcm_S, np.cumsum(batch.num_samples)[:-1])
+    ids = np.split(batch.token_ids_P, np.cumsum(batch.token_lengths)[:-1])
+    num_terms_B = np.diff(batch.pos_indptr_B1)[list(clips)]
+    terms = np.concatenate([np.arange(*batch.pos_indptr_B1[clip : clip + 2]) for clip in clips])
+    strings = [*clips, *(batch.num_texts + terms)]
+    starts_B1 = np.concatenate([[0], np.cumsum(num_terms_B)])
+    return replace(
+        batch,
+        clip_ids=[batch.clip_ids[clip] for clip in clips],
+        clip_index_B=batch.clip_index_B[list(clips)],
+        is_no_term_B=batch.is_no_term_B[list(clips)],
+        pcm_S=np.concatenate([pcm[clip] for clip in clips]),
+        num_samples=[batch.num_samples[clip] for clip in clips],
+        token_ids_P=np.concatenate([ids[string] for string in strings]),
+        token_lengths=[batch.token_lengths[string] for string in strings],
+        num_texts=len(clips),
+        text_row_B=np.arange(len(clips)),
+        text_keys_B=batch.text_keys_B[list(clips)],
+        terms=[batch.terms[term] for term in terms],
+        term_keys_N=batch.term_keys_N[terms],
+        term_groups_N=batch.term_groups_N[terms],
+        pos_indptr_B1=starts_B1,
+        pos_terms=np.arange(len(terms)),
+        ign_indptr_B1=starts_B1,
+        ign_groups=batch.ign_groups[terms],
+    )
+
+
+def dealt(batch: Batch, world_size: int) -> list[Batch]:
+    """The parts of all ranks, dealt as the loader deals them: every rank gets about as many tokens."""
+    seconds_G = np.asarray(batch.num_samples) / SAMPLE_RATE
+    text_bytes_G = BYTES_PER_TOKEN * np.asarray(batch.token_lengths[: batch.num_texts])
+    owner_G = deal(loads(seconds_G, text_bytes_G), world_size)
+    return [part_of(batch, np.flatnonzero(owner_G == rank).tolist()) for rank in range(world_size)]
 
 
 def on_device(batch: Batch, device: torch.device) -> FedBatch:

@@ -23,6 +23,7 @@ from bin.feed import FedBatch
 from bin.optimizer import parameter_groups
 from bin.step import Encoded, encode_in_passes, loss_share
 from bin.update import make_update
+from distributed.collectives import agree
 from distributed.processes import World
 from lora.inject import inject_lora
 from lora.settings import LoraSettings
@@ -104,17 +105,26 @@ def build(shapes: Shapes, device: torch.device, lora: LoraSettings | None = None
 class Training:
     """One process's loop without data, logs and checkpoints.
 
-    flat and cuda_graphs: as the settings flat_optimizer and cuda_graphs of a run.
+    flat and cuda_graphs: as the settings flat_optimizer and cuda_graphs of a run. world: where there are several
+    ranks; `wire_dtype` is what embeddings then travel in, None as they are.
     """
 
     def __init__(
-        self, built: Built, objective: LossSettings = OBJECTIVE, flat: bool = True, cuda_graphs: str = "auto"
+        self,
+        built: Built,
+        objective: LossSettings = OBJECTIVE,
+        flat: bool = True,
+        cuda_graphs: str = "auto",
+        world: World | None = None,
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         self.built, self.model, self.objective = built, built.model, objective
         self.device = built.model.device
-        self.world = World(0, 1, 0, self.device, "none", 0)
+        self.world = world or World(0, 1, 0, self.device, "none", 0)
+        self.wire_dtype = wire_dtype
         self.temperature = Temperature(objective.temperature, objective.learn_temperature).to(self.device)
-        self.named = [(name, param) for name, param in built.model.named_parameters() if param.requires_grad]
+        both = [*built.model.named_parameters(), *self.temperature.named_parameters()]
+        self.named = [(name, param) for name, param in both if param.requires_grad]
         self.params = [param for _, param in self.named]
         groups = parameter_groups(self.named, built.sources, 0.01, 1.0)
         self.update = make_update(groups, self.named, LEARNING_RATE, ADAM_BETA2, flat)
@@ -137,7 +147,9 @@ class Training:
 
     def share(self, fed: FedBatch, encoded: Encoded) -> Tensor:
         """The loss of a batch whose embeddings are there."""
-        return loss_share(self.model, self.temperature, fed, self.objective, self.world, None, None, encoded)[0]
+        return loss_share(
+            self.model, self.temperature, fed, self.objective, self.world, self.wire_dtype, None, encoded
+        )[0]
 
     def step(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
         """One step; nothing here waits for the device but for what came of the step before, as in a run."""
@@ -192,7 +204,8 @@ def batches(shapes: Shapes, device: torch.device, num_clips: int, count: int, se
 
 
 def warm_up(training: Training, fed: list[FedBatch]) -> float:
-    """Steps over the batches in turn, each at least once, until a whole turn needs no capture. Seconds of the first."""
+    """Steps over the batches in turn, each at least once, until a whole turn needs no capture, on any rank. Seconds of
+    the first."""
     first_seconds = 0.0
     for turn in range(MOST_TURNS):
         before = num_captures(training)
@@ -203,7 +216,8 @@ def warm_up(training: Training, fed: list[FedBatch]) -> float:
                 synchronize(training.device)
                 first_seconds = time.perf_counter() - started
         # The very first step is eager, so that a class is sure to have been captured after the second turn only.
-        if training.graphs is None or (turn > 0 and num_captures(training) == before):
+        is_settled = training.graphs is None or (turn > 0 and num_captures(training) == before)
+        if not agree(unsettled=not is_settled)["unsettled"]:
             break
     return first_seconds
 
@@ -254,6 +268,14 @@ def count_tokens(fed: FedBatch) -> tuple[int, int]:
     """(audio tokens, text tokens) that the towers' layers work on."""
     frames = [-(-samples // 160) for samples in fed.batch.num_samples]
     return sum((one - 1) // 2 + 1 for one in frames), sum(fed.batch.token_lengths)
+
+
+@torch.no_grad()
+def wake_adapters(model: torch.nn.Module) -> None:
+    """Random values for lora_B, which is zero at the start: lora_A would have no gradient."""
+    for name, param in model.named_parameters():
+        if name.endswith("lora_B"):
+            param.normal_(0, 0.05)
 
 
 def cap_memory(gib: float, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from bench.drawn import as_batch, draw, on_device
-from bench.ours import Shapes, Training, build, without_dropout
+from bench.ours import Shapes, Training, build, wake_adapters, without_dropout
 from data.batches import Batch
 from model.build import Built
 
@@ -48,10 +48,7 @@ def _compare(kind: Literal["stock", "tuned"], device: torch.device, dtype: torch
     built = build(shapes, device, without_dropout(), base_dtype="bf16" if dtype == torch.bfloat16 else "fp32")
     if dtype == torch.float32:
         built.model.compute_dtype = torch.float32
-    with torch.no_grad():
-        for name, param in built.model.named_parameters():
-            if name.endswith("lora_B"):  # zero at the start, and lora_A would have no gradient
-                param.normal_(0, 0.05)
+    wake_adapters(built.model)
     peer = Peer(kind, shapes, device, dtype, dropout=0.0)
     copy_weights(built, peer)
 

@@ -1,0 +1,144 @@
+"""Clips a second of the training step over several GPUs of one host, beside torch's DistributedDataParallel.
+
+    python bench/scaling.py [--ranks 1 2 4 8] [--clips 16 256] [--tiny] [--json FILE]
+
+The batch grows with the ranks: each has `--clips`, dealt by length as the loader deals them, and negatives come from
+all. torchrun starts bench/scaling_rank.py for one number of ranks after the other, each with a time limit. Before any
+timing, gradients are compared: those of N ranks with one rank's of the same batch, DDP's with ours. Where there are
+several GPUs, NCCL joins one rank a GPU at the published 7B's shapes; elsewhere gloo joins processes on the CPU at tiny
+shapes, which share its cores: then speed is told against cores, and no target holds.
+
+Columns: `of linear` clips/s over ranks times those of one rank. `in collectives` time of the rank that waits least (the
+transfer) and most (and for others). `MB sent` by a rank in rings, embeddings and gradients; `of formula` the same over
+    (N - 1) (2 clips + terms) E (bytes on the wire + bytes of the gradient back) + 2 (N - 1) / N gradients
+where clips and terms are the largest rank's.
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ != "bench":  # run as a file: the root goes first on sys.path, and bench/ comes off it
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench.findings import Cell, Findings, run_alone
+from bench.limits import Limits
+from bench.step import run_side
+
+RANKS, TINY_RANKS = (1, 2, 4, 8), (1, 2)
+CLIPS, CPU_CLIPS = (16, 256), (4,)
+"""Of each rank. 16: the default batch of 128 over 8 GPUs, where communication weighs most; 256: a GPU that is full."""
+LIMIT_S = 150.0
+"""Of all processes of one number of ranks."""
+LEAST_EFFICIENCY, MOST_DIFFERENCE, LEAST_COSINE = 0.97, 1e-6, 0.9999
+
+
+def launch(ranks: int, clips: Sequence[int], device: str, tiny: bool, kept: Path) -> list[dict[str, Any]]:
+    """What rank 0 printed; a last line with `error` when it failed or was stopped."""
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "bench/scaling_rank.py"]
+    options = ["--device", device, "--kept", str(kept), "--clips", *map(str, clips), *["--tiny"] * tiny]
+    lines, failure = run_side([*command, *options], LIMIT_S)
+    if failure is not None and not any("error" in line for line in lines):
+        lines.append({"error": failure})
+    return [line | {"ranks": ranks} for line in lines]
+
+
+def measure(limits: Limits, tiny: bool = False) -> Findings:
+    """The training step on one GPU and on all."""
+    ranks = TINY_RANKS if tiny else (1, max(2, torch.cuda.device_count()))
+    return measure_ranks(limits, tiny, ranks, CPU_CLIPS if tiny else CLIPS)
+
+
+def measure_ranks(limits: Limits, tiny: bool, ranks: Sequence[int], clips: Sequence[int]) -> Findings:
+    num_gpus = torch.cuda.device_count()
+    device = "cuda" if num_gpus > 1 else "cpu"
+    found = Findings(f"training step over ranks, negatives from all: {_where(device, num_gpus)}")
+    wanted = sorted({1, *ranks})
+    if device == "cuda":
+        left_out = [n for n in wanted if n > num_gpus]
+        found.notes += [f"{n} ranks left out: {num_gpus} GPUs" for n in left_out]
+        wanted = [n for n in wanted if n <= num_gpus]
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for n in wanted:
+            lines += launch(n, clips, device, tiny or device == "cpu", Path(folder))
+    tabulate(found, lines, device, os.cpu_count() or 1)
+    return found
+
+
+def tabulate(found: Findings, lines: list[dict[str, Any]], device: str, num_cores: int) -> None:
+    """Rows and checks of what the ranks printed."""
+    rates = {(x["side"], x["clips"], x["ranks"]): x["clips"] * x["ranks"] / x["seconds"] for x in lines if "side" in x}
+    sizes = sorted({clips for _, clips, _ in rates})
+    most_ranks = max((ranks for *_, ranks in rates), default=0)
+    linear: dict[tuple[str, int, int], float] = {}
+    for line in (x for x in lines if "side" in x):
+        side, clips, ranks = key = (line["side"], line["clips"], line["ranks"])
+        workers = ranks if device == "cuda" else min(ranks, num_cores)
+        # DDP with one rank is the plain step: ours without graphs.
+        alone = rates.get((side, clips, 1)) or rates.get(("ours, no graphs", clips, 1)) or rates.get(("ours", clips, 1))
+        row: dict[str, Cell] = {"ranks": ranks, "side": side, "clips of all": clips * ranks}
+        row |= {"ms": line["seconds"] * 1e3, "clips/s": rates[key]}
+        if alone is not None and ranks > 1:
+            linear[key] = rates[key] / (workers * alone)
+            row["of linear" if device == "cuda" else "of its cores"] = linear[key]
+        if ranks > 1:
+            if side != "DDP":  # whose all-reduces run beside the backward pass, out of sight
+                least, most = (line[name] / line["recorded_s"] for name in ("least_s", "most_s"))
+                row["in collectives"] = f"{least:.1%} to {most:.1%}"
+            row |= {"MB sent": line["sent"] / 1e6, "kB of ids": line["ids_sent"] / 1e3}
+            if line.get("expected"):
+                row["of formula"] = line["sent"] / line["expected"]
+        if device == "cuda":
+            row["GiB"] = line["peak_gib"]
+        if rates.get(("DDP", clips, ranks)) and side != "DDP":
+            row["x DDP"] = rates[key] / rates["DDP", clips, ranks]
+        found.rows.append(row)
+    for line in (x for x in lines if "check" in x and x["ranks"] > 1):
+        found.notes.append(
+            f"{line['check']}, {line['ranks']} ranks: gradients differ by {line['difference']:.1e} of their norm, "
+            f"within a tensor by {line['within_a_tensor']:.1e}, cosine 1 - {1 - line['cosine']:.1e}"
+        )
+    found.notes += [f"{line['ranks']} ranks ended early: {line['error']}" for line in lines if "error" in line]
+    checked = [x for x in lines if x.get("ranks", 1) > 1]
+    small = [x["difference"] for x in checked if x.get("check") in ("fp32, flat", "fp32, plain")]
+    if device == "cpu":
+        found.check("gradients of N ranks and of one, fp32", max(small, default=None), MOST_DIFFERENCE, "at most")
+        found.notes.append(
+            f"processes on {num_cores} cores that they share, tiny shapes: speed is told against min(ranks, cores) and "
+            "is no figure of merit"
+        )
+        return
+    cosines = [x["cosine"] for x in checked if x.get("check") == "bf16, flat"]
+    found.check("cosine of gradients of N ranks and of one, bf16", min(cosines, default=None), LEAST_COSINE)
+    for clips in sizes:
+        efficiency = linear.get(("ours", clips, most_ranks))
+        found.check(f"of linear, {most_ranks} GPUs, {clips} clips each", efficiency, LEAST_EFFICIENCY)
+
+
+def _where(device: str, num_gpus: int) -> str:
+    return f"NCCL, {num_gpus} GPUs" if device == "cuda" else "gloo, processes on the CPU"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The training step at several numbers of ranks.", add_help=False)
+    parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks; one is always measured, first")
+    parser.add_argument("--clips", type=int, nargs="+", help="clips of each rank")
+    args, rest = parser.parse_known_args(argv)
+    tiny, on_cpu = "--tiny" in rest, torch.cuda.device_count() < 2
+    ranks, clips = args.ranks or (TINY_RANKS if tiny else RANKS), args.clips or (CPU_CLIPS if on_cpu else CLIPS)
+    if on_cpu and not tiny:
+        rest.append("--tiny")  # the shapes that run there; large products, for the limits, would take minutes
+    return run_alone(lambda limits, tiny: measure_ranks(limits, tiny, ranks, clips), rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
