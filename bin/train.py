@@ -102,6 +102,7 @@ def train(config: Config) -> int:
             write_file_atomically(run_dir / "config.toml", tomli_w.dumps(to_toml(config)).encode())
             write_file_atomically(run_dir / "env.json", json_bytes(environment(str(world.device))))
             tell_status(run_dir, "starting", state)
+            watch.report_to(lambda reason: tell_status(run_dir, "failed", state, reason))
 
         # ------------------------------------------------------------------------------------------------ data
         data = load_datasets(config.data, world, run_dir / "bad_records.jsonl")
@@ -316,8 +317,9 @@ def train(config: Config) -> int:
         return 0
     except Preempted:
         stop.only_note()
+        known = watch.gone()
         if is_ours:
-            tell_status(run_dir, "preempted", state, f"go on with --run_name {run_dir.name} --resume auto")
+            tell_status(run_dir, "preempted", state, f"{known}go on with --run_name {run_dir.name} --resume auto")
             logger.warning("stopped by a signal at step %d", state.step)
         return 0
     except BaseException as error:

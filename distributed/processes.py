@@ -88,6 +88,8 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
     if world_size == 1:
         return World(rank, world_size, local_rank, chosen, "none", attempt)
 
+    if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
+        logger.warning("TORCH_NCCL_ASYNC_ERROR_HANDLING is 0: no time limit holds on GPUs; unset it")
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
@@ -111,7 +113,10 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
         world_size=world_size,
         timeout=timedelta(seconds=collective_timeout_s),
     )
-    watch.start(dist.PrefixStore(prefix, connect(is_host=False)), rank, world_size, collective_timeout_s)
+    first = rank - local_rank
+    neighbours = range(first, min(world_size, first + _env_int("LOCAL_WORLD_SIZE", default=world_size)))
+    own_store = dist.PrefixStore(prefix, connect(is_host=False))
+    watch.start(own_store, rank, world_size, collective_timeout_s, neighbours, "nccl" in backend)
     return World(rank, world_size, local_rank, chosen, backend, attempt)
 
 

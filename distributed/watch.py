@@ -6,6 +6,15 @@
     rank 3   stopped, or its machine is gone         posts nothing any more                  <- named
 
 A rank that fails leaves its last words at the store, so that rank 0, which only sees a connection closed, can tell why.
+One that was killed leaves none: it is known by its process, which has ended without a mark that it left.
+
+    rank 0   waits for its GPU, which waits for rank 1's        no line of Python runs, signals included
+    rank 1   killed
+
+With NCCL that is what a death mostly looks like: the host is ahead of its GPU, a kernel polls the memory of a GPU that
+does not write any more, and no socket is closed. So the thread also ends its own process, with the reason told, when a
+rank of this machine is gone and the main thread has not come to its next collective for a while; torchrun alone would
+wait until it may kill. Likewise just before NCCL's own time limit strikes, if it is known who is waited for.
 
 All ranks make the same collectives in the same order, so that the rank with the fewest behind it is the one that all
 others wait for. A thread in each process posts that count and the place of the main thread to the store that the ranks
@@ -16,6 +25,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -32,6 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_WAIT_S = 60.0  # then the rank that is waited for is named, or at half the time limit when that is sooner
 LAST_WORDS_KEY = "last-words"
 LAST_WORDS_S = 3.0  # for leaving or reading them; the store may be gone as well
+GONE_S = 10.0  # from noticing that a rank is gone to the end of this one; torchrun kills after 30 s, or what was set
+SEEN_GONE_S = 2.0  # a killed process is there for as long as its memory is being freed
 MISSED_POSTS = 4  # looks at the posts before a rank that changes none of them is taken for stopped
 
 _count = itertools.count(1)
@@ -48,11 +60,13 @@ def count_collective() -> None:
 def last_words(error: BaseException, words: str) -> str:
     """Leave to the others what ended this rank; or, for an error that another rank's end has caused, tell the cause.
 
-    Returns `rank 1: its words` of the first rank that failed, else whom this one has been waiting for, or nothing.
+    Returns `rank 1: its words` of the first rank that failed, else who is gone or whom this one has been waiting for,
+    or nothing. From here on this process is left to end by itself.
     """
     if _current is None:
         return ""
     watch, found = _current, ""
+    watch.is_leaving = True
     # What gloo raises has no type of its own.
     is_consequence = isinstance(error, dist.DistError) or "gloo" in str(error)
 
@@ -63,6 +77,8 @@ def last_words(error: BaseException, words: str) -> str:
                 watch.store.compare_set(LAST_WORDS_KEY, "", f"rank {watch.rank}: {words}")
             elif watch.store.check([LAST_WORDS_KEY]):
                 found = watch.store.get(LAST_WORDS_KEY).decode()
+            else:
+                found = watch.tell_gone(SEEN_GONE_S)
 
     asking = threading.Thread(target=ask, name="last-words", daemon=True)
     asking.start()
@@ -70,19 +86,48 @@ def last_words(error: BaseException, words: str) -> str:
     return found or (f"waiting for: {watch.verdict}" if watch.verdict else "")
 
 
-def start(store: dist.Store, rank: int, world_size: int, time_limit_s: float) -> None:
-    """Watch from now on. store: a client of its own, shared with no other thread."""
+def gone() -> str:
+    """`rank 1 is gone: process 4711 has ended; ` for those of this machine, or nothing. From here on this process is
+    left to end by itself."""
+    if _current is None:
+        return ""
+    _current.is_leaving = True
+    with contextlib.suppress(RuntimeError):
+        told = _current.tell_gone()
+        return f"{told}; " if told else ""
+    return ""
+
+
+def start(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    time_limit_s: float,
+    neighbours: range = range(0),
+    has_nccl: bool = False,
+) -> None:
+    """Watch from now on. store: a client of its own. neighbours: the ranks of this machine."""
     global _current
     stop()
-    _current = RankWatch(store, rank, world_size, time_limit_s)
+    _current = RankWatch(store, rank, world_size, time_limit_s, neighbours=neighbours, has_nccl=has_nccl)
     _current.thread.start()
 
 
+def report_to(report: Callable[[str], None]) -> None:
+    """`report` is given the reason when the thread has to end this process."""
+    if _current is not None:
+        _current.report = report
+
+
 def stop() -> None:
+    """Leave in order: the others must not take this process for killed."""
     global _current
     if _current is not None:
-        _current.ended.set()
-        _current = None
+        watch, _current = _current, None
+        watch.ended.set()
+        leaving = threading.Thread(target=watch.leave, name="leave-watch", daemon=True)
+        leaving.start()
+        leaving.join(LAST_WORDS_S)
 
 
 class RankWatch:
@@ -99,27 +144,38 @@ class RankWatch:
         time_limit_s: float,
         count: Callable[[], int] = lambda: _num_collectives,
         place: Callable[[], str] | None = None,
+        neighbours: range = range(0),
+        has_nccl: bool = False,
     ) -> None:
         main_thread = threading.main_thread().ident
         self.store, self.rank, self.world_size = store, rank, world_size
         self.wait_s = min(LONGEST_WAIT_S, time_limit_s / 2)
         self.every_s = self.wait_s / 8
+        self.gone_s = min(GONE_S, time_limit_s / 2)
+        self.limit_s = time_limit_s - self.every_s if has_nccl else float("inf")
+        self.neighbours = [r for r in neighbours if r != rank]
         self.count = count
         self.place = place or (lambda: _place_of(sys._current_frames().get(main_thread or 0)))
         self.verdict = ""
+        self.must_end = ""  # why the main thread is not waited for any longer
+        self.is_leaving = False
+        self.report: Callable[[str], None] = lambda reason: None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
         self._num_posts = 0
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> (its last post, when that was new to us)
+        self._pids: dict[int, int] = {}
+        self._gone_at: tuple[int, float] | None = None  # the count, and when, as a rank was first seen to be gone
         self._last, self._since, self._told = count(), time.monotonic(), False
 
     def beat(self, now: float) -> None:
         """Post; and when the last collective is long ago, see who is behind, and say so once."""
         self._num_posts += 1
-        post = {"post": self._num_posts, "count": self.count(), "at": self.place()}
+        post = {"post": self._num_posts, "count": self.count(), "at": self.place(), "pid": os.getpid()}
         self.store.set(f"watch-{self.rank}", json.dumps(post))
         if self.count() != self._last:
             self._last, self._since, self._told, self.verdict = self.count(), now, False, ""
+        self._look_for_gone(now)
         waited_s = now - self._since
         if waited_s < self.wait_s - MISSED_POSTS * self.every_s:
             return
@@ -132,16 +188,55 @@ class RankWatch:
             if self.verdict and not self._told and waiting[:1] == [self.rank]:  # one rank speaks for all that wait
                 logger.warning("waiting for %.0f s: %s", waited_s, self.verdict)
                 self._told = True
+            if self.verdict and waited_s >= self.limit_s and self.rank in waiting:
+                self.must_end = f"waited for {waited_s:.0f} s: {self.verdict}"
+
+    def tell_gone(self, wait_s: float = 0.0) -> str:
+        """Which ranks of this machine have ended without a word, looking for up to `wait_s`."""
+        deadline = time.monotonic() + wait_s
+        while not (ranks := self._gone()) and self.neighbours and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return "; ".join(f"rank {r} is gone: process {self._pids[r]} has ended" for r in ranks)
+
+    def leave(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store may have gone first
+            self.store.set(f"left-{self.rank}", "")
+
+    def _gone(self) -> list[int]:
+        for r in self.neighbours:
+            if r not in self._pids and self.store.check([f"watch-{r}"]):
+                self._pids[r] = json.loads(self.store.get(f"watch-{r}"))["pid"]
+        ended = [r for r in self.neighbours if r in self._pids and not _is_alive(self._pids[r])]
+        return [r for r in ended if not self.store.check([f"left-{r}"])]
+
+    def _look_for_gone(self, now: float) -> None:
+        told = self.tell_gone()
+        if not told:
+            self._gone_at = None
+        elif self._gone_at is None or self._gone_at[0] != self.count():
+            self._gone_at = (self.count(), now)
+        elif now - self._gone_at[1] >= self.gone_s:
+            self.must_end = f"{told}, and this rank waits for its device"
 
     def _run(self) -> None:
         try:
             while True:
                 self.beat(time.monotonic())
+                self._end_if_it_must()
                 if self.ended.wait(self.every_s):
                     return
         except RuntimeError as error:  # the store is gone, with the process or machine that kept it
+            if self._gone_at is not None:
+                self.must_end = "a rank of this machine is gone, and so is the store"
+                self._end_if_it_must()
             if not self.ended.is_set():
                 logger.debug("the watch over the ranks ends: %s", error)
+
+    def _end_if_it_must(self) -> None:
+        if self.must_end and not self.is_leaving and not self.ended.is_set():
+            logger.error("ends here: %s", self.must_end)
+            self.report(self.must_end)
+            os._exit(1)  # the main thread cannot be woken
 
     def _read(self, now: float) -> dict[int, dict[str, Any]]:
         """The posts of all ranks that have posted."""
@@ -160,6 +255,17 @@ class RankWatch:
             elif post["count"] < furthest:
                 parts.append(f"rank {r} is at {post['at']}")
         return "; ".join(parts[:8]) + (f"; and {len(parts) - 8} more" if len(parts) > 8 else "")
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process is there and not just waiting to be collected by its parent."""
+    try:
+        if sys.platform == "linux":
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        os.kill(pid, 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return True
 
 
 def _place_of(frame: FrameType | None) -> str:

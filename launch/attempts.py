@@ -141,7 +141,7 @@ class Attempts:
             # torchrun tells its workers to stop when one of them dies: nobody wanted that, and it ends in failure.
             ended_by_us = self.stopping or self._settled_since == float("inf")
             if exit_code != 0 and not ended_by_us:
-                return "failed", f"{where}: a worker died, and torchrun stopped the others"
+                return "failed", f"{where}: a worker died, and torchrun stopped the others ({message})"
             return "stopped", f"checkpoint at {where}; {message}"
         if state == "failed":
             return ("wrong" if message.startswith("ValueError") else "failed"), f"{where}: {message}"

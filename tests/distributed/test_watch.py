@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -36,11 +39,13 @@ class GoneStore(Store):
 class Ranks:
     """Watches of several ranks over one store, with a clock of their own."""
 
-    def __init__(self, world_size: int, time_limit_s: float = 80.0) -> None:
+    def __init__(self, world_size: int, time_limit_s: float = 80.0, **more: bool | range) -> None:
         self.store, self.counts, self.places = Store(), [5] * world_size, ["bin/train.py:1 train"] * world_size
         self.alive = set(range(world_size))
         self.watches = [
-            RankWatch(self.store, r, world_size, time_limit_s, lambda r=r: self.counts[r], lambda r=r: self.places[r])
+            RankWatch(
+                self.store, r, world_size, time_limit_s, lambda r=r: self.counts[r], lambda r=r: self.places[r], **more
+            )
             for r in range(world_size)
         ]
         self.now = self.watches[0]._since
@@ -132,3 +137,77 @@ def test_the_first_rank_that_failed_is_told_by_those_whom_it_took_along(monkeypa
     ranks.store = GoneStore()
     ranks.watches[0].store, ranks.watches[0].verdict = ranks.store, "rank 1 never reported"
     assert on(0, closed) == "waiting for: rank 1 never reported"
+
+
+def ended_process() -> int:
+    """The number of a process that was there. It has ended, but nobody has collected it: torchrun may be slow to."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    return process.pid
+
+
+def posts_of(ranks: Ranks, rank: int, pid: int) -> None:
+    ranks.store[f"watch-{rank}"] = json.dumps({"post": 1, "count": 5, "at": "", "pid": pid})
+    ranks.alive.discard(rank)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ended and not collected is told from living by Linux' /proc")
+def test_a_killed_rank_is_named_and_not_waited_for_long() -> None:
+    ranks, pid = Ranks(3, neighbours=range(3)), ended_process()
+    watch_0 = ranks.watches[0]
+    ranks.run(5.0)
+    assert watch_0.tell_gone() == ""
+    posts_of(ranks, 1, pid)
+    ranks.watches[0]._pids.clear()
+    ranks.run(10.0)
+    assert watch_0.tell_gone() == f"rank 1 is gone: process {pid} has ended"
+    ranks.counts[0] += 1  # it still moves
+    ranks.run(10.0)
+    assert watch_0.must_end == ""
+    ranks.run(5.0)
+    assert watch_0.must_end == f"rank 1 is gone: process {pid} has ended, and this rank waits for its device"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ended and not collected is told from living by Linux' /proc")
+def test_a_rank_that_has_left_in_order_or_is_elsewhere_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, elsewhere, pid = Ranks(2, neighbours=range(2)), Ranks(2, neighbours=range(1)), ended_process()
+    for ranks in (here, elsewhere):
+        posts_of(ranks, 1, pid)
+    here.watches[1].leave()
+    for ranks in (here, elsewhere):
+        ranks.run(30.0)
+        assert ranks.watches[0].must_end == ""
+    del here.store["left-1"]
+    monkeypatch.setattr(watch, "_current", here.watches[0])
+    closed = RuntimeError("[gloo/pair.cc:5] Connection closed by peer")
+    assert watch.last_words(closed, "") == f"rank 1 is gone: process {pid} has ended"
+    assert watch.gone() == f"rank 1 is gone: process {pid} has ended; "
+    assert here.watches[0].is_leaving
+    monkeypatch.setattr(watch, "_current", None)
+    assert watch.gone() == ""
+
+
+def test_with_nccl_the_thread_comes_before_a_time_limit_that_would_abort_without_a_word() -> None:
+    with_nccl, gloo = Ranks(2, has_nccl=True), Ranks(2)
+    for ranks in (with_nccl, gloo):
+        ranks.counts = [6, 5]
+        ranks.run(70.0)
+        assert ranks.watches[0].must_end == ""
+        ranks.run(9.0)
+    assert with_nccl.watches[0].must_end == "waited for 75 s: rank 1 is at bin/train.py:1 train"
+    assert with_nccl.watches[1].must_end == "", "who is waited for may still come"
+    assert gloo.watches[0].must_end == "", "its own time-out raises, and that is told in order"
+
+
+def test_ending_from_the_thread_is_told_first(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import sys, time; from distributed import watch\n"
+        "class Store(dict):\n"
+        "    def set(self, key, value): self[key] = value\n"
+        "    def check(self, keys): return False\n"
+        "watch.start(Store(), 0, 2, 0.8); watch.report_to(lambda reason: print('told', reason, flush=True))\n"
+        "watch._current.must_end = 'rank 1 is gone'; time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=watch.ROOT, timeout=30)
+    assert done.returncode == 1
+    assert capfd.readouterr().out == "told rank 1 is gone\n"

@@ -259,6 +259,12 @@ TABLE = (
     Row("NaN on one rank", nan_on_one_rank),
     Row("a rank stopped", stalled("stop_one_rank", "rank 1 does not answer"), every_round=False, in_ci=True),
     Row("a rank stalled", stalled("stall_one_rank", "rank 1 is at tests/faults/rank.py"), every_round=False),
+    Row(
+        "a rank killed, the others wait on a device",
+        stalled("die_while_the_others_wait", "rank 1 is gone: process"),
+        every_round=False,
+        in_ci=True,
+    ),
     Row("two jobs on one run directory", second_job, every_round=False, in_ci=True),
     Row("world size 2 -> 1 -> 2", other_world_sizes, every_round=False, in_ci=True),
     Row("clock set back a day", clock_set_back, every_round=False),

@@ -119,6 +119,17 @@ def stall_one_rank(step: int) -> None:
         at_step(step, lambda: time.sleep(3600))
 
 
+def die_while_the_others_wait(step: int) -> None:
+    """As on GPUs: the others' main threads wait for a device that waits for the dead rank's, and hear of nothing."""
+
+    def wait() -> None:
+        # Held back in this thread a signal comes to another one, and Python's handler waits for this one to return.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        time.sleep(3600)
+
+    at_step(step, wait if RANK != "1" else lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def clock_goes_back(step: int) -> None:
     """A day, from some step on, for everything that asks for the time of day."""
     real = time.time, time.localtime, time.gmtime
@@ -171,7 +182,8 @@ def slow_steps(milliseconds: int) -> None:
 
 FAULTS = (
     term_mid_step, term_one_rank, term_twice, term_in_evaluation, term_in_save, term_at_start, nan_on_one_rank,
-    nan_and_term, stop_one_rank, stall_one_rank, clock_goes_back, log_disk_gone, small_disk, slow_steps,
+    nan_and_term, stop_one_rank, stall_one_rank, die_while_the_others_wait, clock_goes_back, log_disk_gone, small_disk,
+    slow_steps,
 )  # fmt: skip
 
 
