@@ -236,6 +236,7 @@ class RankWatch:
         if self.must_end and not self.is_leaving and not self.ended.is_set():
             logger.error("ends here: %s", self.must_end)
             self.report(self.must_end)
+            self.leave()  # the others name the cause alone
             os._exit(1)  # the main thread cannot be woken
 
     def _read(self, now: float) -> dict[int, dict[str, Any]]:
