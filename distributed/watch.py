@@ -13,12 +13,14 @@ One that was killed leaves none: it is known by its process, which has ended wit
 
 With NCCL that is what a death mostly looks like: the host is ahead of its GPU, a kernel polls the memory of a GPU that
 does not write any more, and no socket is closed. So the thread also ends its own process, with the reason told, when a
-rank of this machine is gone and the main thread has not come to its next collective for a while; torchrun alone would
-wait until it may kill. Likewise just before NCCL's own time limit strikes, if it is known who is waited for.
+rank of this machine is gone, or any has left last words, and the main thread has not come to its next collective for a
+while; torchrun alone would wait until it may kill. Likewise just before NCCL's own time limit strikes, if it is known
+who is waited for.
 
 All ranks make the same collectives in the same order, so that the rank with the fewest behind it is the one that all
 others wait for. A thread in each process posts that count and the place of the main thread to the store that the ranks
-met at; nothing is read from there until a rank has been waiting for long.
+met at; those of other ranks are not read until one has been waiting for long, but for the process numbers of this
+machine's, once.
 """
 
 import contextlib
@@ -211,12 +213,14 @@ class RankWatch:
 
     def _look_for_gone(self, now: float) -> None:
         told = self.tell_gone()
+        if not told and self.store.check([LAST_WORDS_KEY]):
+            told = self.store.get(LAST_WORDS_KEY).decode()
         if not told:
             self._gone_at = None
         elif self._gone_at is None or self._gone_at[0] != self.count():
             self._gone_at = (self.count(), now)
         elif now - self._gone_at[1] >= self.gone_s:
-            self.must_end = f"{told}, and this rank waits for its device"
+            self.must_end = f"{told}; this rank still waited"
 
     def _run(self) -> None:
         try:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(p.name for p in (ROOT / "docs").glob("*.md"))
 ELSEWHERE = {  # flags of other programs
     "--gpu", "--max_cost", "--run_name", "--hf_secret", "--detach", "--json", "--help", "--nproc_per_node",
-    "--shm-size", "--logdir",
+    "--shm-size", "--logdir", "--ranks", "--only",
 }  # fmt: skip
 FOREIGN = re.compile(r"[(（](PyTorch|gloo|NCCL|system|系统|Modal)[)）]")
 

@@ -165,7 +165,7 @@ def test_a_killed_rank_is_named_and_not_waited_for_long() -> None:
     ranks.run(10.0)
     assert watch_0.must_end == ""
     ranks.run(5.0)
-    assert watch_0.must_end == f"rank 1 is gone: process {pid} has ended, and this rank waits for its device"
+    assert watch_0.must_end == f"rank 1 is gone: process {pid} has ended; this rank still waited"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ended and not collected is told from living by Linux' /proc")
@@ -185,6 +185,15 @@ def test_a_rank_that_has_left_in_order_or_is_elsewhere_is_not_gone(monkeypatch: 
     assert here.watches[0].is_leaving
     monkeypatch.setattr(watch, "_current", None)
     assert watch.gone() == ""
+
+
+def test_a_rank_that_failed_is_not_waited_for_long_though_it_may_hang_in_its_end() -> None:
+    ranks = Ranks(2)
+    ranks.store[watch.LAST_WORDS_KEY] = "rank 1: OSError: no disk"
+    ranks.run(10.0)
+    assert ranks.watches[0].must_end == ""
+    ranks.run(5.0)
+    assert ranks.watches[0].must_end == "rank 1: OSError: no disk; this rank still waited"
 
 
 def test_with_nccl_the_thread_comes_before_a_time_limit_that_would_abort_without_a_word() -> None:

@@ -69,14 +69,14 @@ def kill_under_the_launcher(target: str) -> Case:
 
 
 def kill_a_loader_worker(shop: Workshop, name: str, chance: random.Random) -> Outcome:
-    """One of four workers, of any rank: named in the output within 5 s and in the status, whichever rank it worked for.
+    """One of two a rank: named in the output within 5 s and in the status, whichever rank it worked for.
 
     The undisturbed run has one worker a rank: their number must not show in what is trained.
     """
     reference = shop.reference()
     job = Job(shop, name, ("--num_workers", "2"), grace_s=10.0)
     job.start("slow_steps:50")
-    job.until(lambda: len(job.loader_workers()) == 4 and job.status()["state"] == "training")
+    job.until(lambda: len(job.loader_workers()) == 2 * shop.ranks and job.status()["state"] == "training")
     workers = job.loader_workers()
     unseen = set(workers) - set(shop.processes())
     assert not unseen, f"the search for left processes does not see {unseen}"
@@ -108,7 +108,7 @@ def terminated(fault: str, states: tuple[str, ...] = ("preempted",)) -> Case:
         codes = job.wait()
         status, seconds = job.status(), time.monotonic() - asked
         saved = job.checkpoints()
-        good = codes == [0, 0] and status["state"] in states and seconds < GRACE_S
+        good = not any(codes) and status["state"] in states and seconds < GRACE_S
         if status["step"]:
             good = good and saved[-1].name == f"step-{status['step']:08d}" and damage(saved[-1]) is None
         outcome = compared(job)
@@ -150,8 +150,10 @@ def stalled(fault: str, words: str) -> Case:
         reference = shop.reference()
         job = Job(shop, name, grace_s=1.0)
         asked = time.monotonic()
-        job.start(f"{fault}:{chance.randrange(2, 9)}", "--collective_timeout_s", "4")
-        codes = job.wait(60)
+        # On a GPU the limit must hold for the first steps too, in which kernels are compiled and graphs captured.
+        limit_s = 4 if shop.device == "cpu" else 60
+        job.start(f"{fault}:{chance.randrange(2, 9)}", "--collective_timeout_s", str(limit_s))
+        codes = job.wait(60 + 2 * limit_s)
         seconds, status, told = time.monotonic() - asked, job.status(), job.told()
         named = words in told and words in status["message"]
         job.finish()
@@ -170,7 +172,7 @@ def nan_on_one_rank(shop: Workshop, name: str, chance: random.Random) -> Outcome
     good = all(f"{rank} step {step - 1} is skipped: loss is nan" in told for rank in ("WARNING:", "[rank 1] WARNING"))
     stopped.start(f"nan_and_term:{step}")
     codes += stopped.wait()
-    good = good and codes == [0, 0, 0, 0] and stopped.status()["state"] == "preempted"
+    good = good and not any(codes) and stopped.status()["state"] == "preempted"
     stopped.finish()
     trained = through.trained()
     differs = trained != shop.reference()  # a step was left out
@@ -191,7 +193,7 @@ def second_job(shop: Workshop, name: str, chance: random.Random) -> Outcome:
     seconds = time.monotonic() - asked
     refused = codes[0] == 2 and "is in use by process" in second.told() and not first.is_over()
     codes = first.wait()
-    good = refused and codes == [0, 0] and first.status()["state"] == "finished"
+    good = refused and not any(codes) and first.status()["state"] == "finished"
     return Outcome(good, first.trained() == reference, first.leftovers(), f"refused after {seconds:.1f} s")
 
 
@@ -202,11 +204,11 @@ def other_world_sizes(shop: Workshop, name: str, chance: random.Random) -> Outco
     undisturbed = Job(shop, f"undisturbed-{list(shop.references).index(more)}")
     job = Job(shop, name, more)
     job.start("term_mid_step:4")
-    good = job.wait() == [0, 0] and job.status()["state"] == "preempted"
+    good = not any(job.wait()) and job.status()["state"] == "preempted"
     job.ranks = 1
     job.start("term_mid_step:4")
     good = good and job.wait() == [0] and job.status()["state"] == "preempted"
-    job.ranks = 2
+    job.ranks = shop.ranks
     job.finish()
     ours, theirs = job.losses(), undisturbed.losses()
     furthest = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
@@ -224,7 +226,7 @@ def clock_set_back(shop: Workshop, name: str, chance: random.Random) -> Outcome:
     within = Job(shop, f"{name}-within")
     within.start("clock_goes_back:5")
     codes += within.wait()
-    good = codes == [0, 0, 0, 0] and steps_in_order and within.status()["state"] == "finished"
+    good = not any(codes) and steps_in_order and within.status()["state"] == "finished"
     equal = job.trained() == reference and within.trained() == reference
     return Outcome(good, equal, job.leftovers() + within.leftovers())
 

@@ -28,12 +28,13 @@ MARK = "EARMARK_FAULTS"  # in the environment of every process of a workshop
 class Nursery:
     """One nursery.py process, started when first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._process: subprocess.Popen[str] | None = None
 
     def submit(self, job: dict[str, Any]) -> None:
         if self._process is None:
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            env = environment(self._device)
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "nursery.py")],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT,
@@ -54,17 +55,23 @@ def children(pid: int) -> list[int]:
     return sorted(map(int, found.split()))
 
 
+def environment(device: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+
+
 @dataclass
 class Workshop:
-    """A folder with data, runs and one nursery; all cases of a soak share it."""
+    """A folder with data, runs and one nursery; all cases of a soak share it. device: of all ranks, cpu or cuda."""
 
     folder: Path
-    nursery: Nursery = field(default_factory=Nursery)
+    ranks: int = 2
+    device: str = "cpu"
     word: str = field(default_factory=lambda: secrets.token_hex(6))
     references: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict)
     shared_memory: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.nursery = Nursery(self.device)
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
         write_samples(self.folder, "train", 24, seed=1)
         write_samples(self.folder, "test", 10, seed=2)
@@ -77,9 +84,20 @@ class Workshop:
             *("--train_samples_path", f"{at}/train.json", "--test_samples_path", f"{at}/test.json"),
             *("--glossary_path", f"{at}/glossary.json", "--check_cache_path", f"{at}/checks.jsonl"),
             *("--audio_model", f"{at}/audio.json", "--text_model", f"{at}/text.json", "--trainable", "full"),
-            *("--proj_dim", "16", "--batch_size", "8", "--lr", "3e-3", "--epochs", "4", "--patience", "0"),
+            *(
+                "--proj_dim",
+                "16",
+                "--batch_size",
+                str(max(8, 2 * self.ranks)),
+                "--lr",
+                "3e-3",
+                "--epochs",
+                "4",
+                "--patience",
+                "0",
+            ),
             *("--tower_dropout", "0.1", "--augment_speed", "0.1", "--learn_temperature", "--num_workers", "1"),
-            *("--device", "cpu", "--log_every", "1", "--show_examples", "0", "--save_every_steps", "2"),
+            *("--device", self.device, "--log_every", "1", "--show_examples", "0", "--save_every_steps", "2"),
             *("--runs_dir", str(at / "runs"), "--resume", "auto", "--no-tensorboard"),
             *more,
         ]
@@ -89,7 +107,7 @@ class Workshop:
         if more not in self.references:
             job = Job(self, f"undisturbed-{len(self.references)}", more)
             job.start()
-            assert job.wait() == [0, 0], job.told()[-3000:]
+            assert not any(job.wait()), job.told()[-3000:]
             self.references[more] = job.trained()
         return self.references[more]
 
@@ -119,11 +137,14 @@ class Job:
     name: str
     more: tuple[str, ...] = ()
     launcher: str = "nursery"  # or torchrun, or attempts: torchrun under launch/attempts.py
-    ranks: int = 2
+    ranks: int = 0  # those of the workshop
     runs_dir: Path | None = None
     grace_s: float = 30.0
     pids: list[int] = field(default_factory=list)
     port: int = 0
+
+    def __post_init__(self) -> None:
+        self.ranks = self.ranks or self.shop.ranks
 
     @property
     def dir(self) -> Path:
@@ -158,7 +179,7 @@ class Job:
         with self.out.open("ab") as out:
             self._process = subprocess.Popen(
                 [*launcher, *program, *flags], cwd=self.shop.folder, stdout=out, stderr=out, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
+                env=environment(self.shop.device) | env,
             )  # fmt: skip
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:

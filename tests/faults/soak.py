@@ -2,9 +2,10 @@
 
     python tests/faults/soak.py --rounds 20                 the whole table; ends with 1 when anything failed
     python tests/faults/soak.py --rounds 3 --only torchrun  the rows whose name holds the word
+    python tests/faults/soak.py --ranks 8 --gpus --only rank     NCCL, a GPU a rank; without --gpus gloo on the CPU
 
 Each row runs the real bin/train.py on 2 gloo ranks over tones, disturbs it, resumes it, and compares the trained files
-with those of an undisturbed run.
+with those of an undisturbed run; on GPUs, whose sums come in any order, nothing is compared.
 """
 
 import argparse
@@ -40,11 +41,15 @@ def main() -> int:
     parser.add_argument("--all_rows", action="store_true", help="repeat the other rows as often, too")
     parser.add_argument("--only", default="", help="a word in the names of the rows to run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a run, 2 to 8")
+    parser.add_argument("--gpus", action="store_true", help="on as many GPUs, with NCCL")
     arguments = parser.parse_args()
+    if not 2 <= arguments.ranks <= 8:
+        parser.error(f"--ranks {arguments.ranks}; allowed: 2 to 8, as there are 24 clips to train on")
     print(f"{'fault':46s} tried survived equal clean  seconds")
     failed = []
     with tempfile.TemporaryDirectory(prefix="earmark-faults-") as folder:
-        shop = Workshop(Path(folder))
+        shop = Workshop(Path(folder), arguments.ranks, "cuda" if arguments.gpus else "cpu")
         for row in [r for r in TABLE if arguments.only in r.name]:
             outcomes: list[Outcome] = []
             skipped, started = "", time.monotonic()
@@ -53,6 +58,8 @@ def main() -> int:
                 if isinstance(outcome, str):
                     skipped = outcome
                     break
+                if arguments.gpus:
+                    outcome.equal = None
                 outcomes.append(outcome)
                 if not outcome.is_good:
                     failed.append(f"{row.name}, round {number}: {outcome}")
