@@ -145,10 +145,12 @@ def terminate_torchrun(times: int) -> Case:
 # --- ranks, clocks, neighbours ---------------------------------------------------------------------------------------
 
 
-def stalled(fault: str, words: str) -> Case:
+def stalled(fault: str, words: str, grace_s: float = 1.0) -> Case:
+    """grace_s: what the launcher waits until it kills; enough of it where a rank has to end by itself, as it says."""
+
     def case(shop: Workshop, name: str, chance: random.Random) -> Outcome:
         reference = shop.reference()
-        job = Job(shop, name, grace_s=1.0)
+        job = Job(shop, name, grace_s=grace_s)
         asked = time.monotonic()
         # On a GPU the limit must hold for the first steps too, in which kernels are compiled and graphs captured.
         limit_s = 4 if shop.device == "cpu" else 60
@@ -263,7 +265,7 @@ TABLE = (
     Row("a rank stalled", stalled("stall_one_rank", "rank 1 is at tests/faults/rank.py"), every_round=False),
     Row(
         "a rank killed, the others wait on a device",
-        stalled("die_while_the_others_wait", "rank 1 is gone: process"),
+        stalled("die_while_the_others_wait", "rank 1 is gone: process", GRACE_S),
         every_round=False,
         in_ci=True,
     ),

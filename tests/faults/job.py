@@ -73,10 +73,15 @@ class Workshop:
     def __post_init__(self) -> None:
         self.nursery = Nursery(self.device)
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        write_samples(self.folder, "train", 24, seed=1)
+        write_samples(self.folder, "train", 3 * self.batch_size, seed=1)
         write_samples(self.folder, "test", 10, seed=2)
         for name, content in {"glossary": [*TERMS, "parking lot", "hash key"], "audio": AUDIO, "text": TEXT}.items():
             (self.folder / f"{name}.json").write_text(json.dumps(content))
+
+    @property
+    def batch_size(self) -> int:
+        """At least two clips a rank; an epoch has three steps."""
+        return max(8, 2 * self.ranks)
 
     def flags(self, *more: str) -> list[str]:
         at = self.folder
@@ -88,7 +93,7 @@ class Workshop:
                 "--proj_dim",
                 "16",
                 "--batch_size",
-                str(max(8, 2 * self.ranks)),
+                str(self.batch_size),
                 "--lr",
                 "3e-3",
                 "--epochs",

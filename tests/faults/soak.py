@@ -41,11 +41,11 @@ def main() -> int:
     parser.add_argument("--all_rows", action="store_true", help="repeat the other rows as often, too")
     parser.add_argument("--only", default="", help="a word in the names of the rows to run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of a run, 2 to 8")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a run, 2 or more")
     parser.add_argument("--gpus", action="store_true", help="on as many GPUs, with NCCL")
     arguments = parser.parse_args()
-    if not 2 <= arguments.ranks <= 8:
-        parser.error(f"--ranks {arguments.ranks}; allowed: 2 to 8, as there are 24 clips to train on")
+    if arguments.ranks < 2:
+        parser.error(f"--ranks {arguments.ranks}; allowed: 2 or more")
     print(f"{'fault':46s} tried survived equal clean  seconds")
     failed = []
     with tempfile.TemporaryDirectory(prefix="earmark-faults-") as folder:
