@@ -20,7 +20,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bench.drawn import Drawn, as_batch, draw, on_device
 from bench.findings import Findings, run_alone
@@ -28,7 +27,7 @@ from bench.limits import Limits, bench_device, synchronize
 from bench.ours import Shapes, Training, batches, build, cap_memory, count_tokens, peak_gib
 from bin.feed import FedBatch
 from bin.fit import GRAPHS_SPREAD, costs, room_bytes
-from bin.step import Encoded
+from bin.step import Encoded, loss_share
 from model.memory import clips_in
 
 CAP_GIB = 40.0
@@ -51,10 +50,6 @@ def many_clips(num_clips: int, shapes: Shapes, device: torch.device) -> FedBatch
     return on_device(as_batch(many, 0, shapes.vocabulary), device)
 
 
-def gradient(training: Training) -> Tensor:
-    return torch.cat([param.grad.float().flatten() for param in training.params if param.grad is not None])
-
-
 def check_gradient(training: Training, fed: FedBatch, clips_per_pass: int) -> float:
     """Cosine between the gradients in two passes and in one over the same chunks. RuntimeError where it is too low."""
     found = []
@@ -62,7 +57,7 @@ def check_gradient(training: Training, fed: FedBatch, clips_per_pass: int) -> fl
         training.zero()
         torch.manual_seed(0)
         training.backward(fed, clips_per_pass, num_kept)
-        found.append(gradient(training))
+        found.append(training.gradient())
     cosine = float(F.cosine_similarity(found[0].double(), found[1].double(), dim=0))
     if not cosine >= LEAST_COSINE:
         raise RuntimeError(f"two-pass gradient: cosine {cosine:.6f} to one pass, at least {LEAST_COSINE}")
@@ -108,9 +103,12 @@ def loss_gib(training: Training, fed: FedBatch) -> float:
     )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    training.share(fed, Encoded(audio_BE, text_TE, term_LE, None)).backward()
+    given = Encoded(audio_BE, text_TE, term_LE, None)
+    loss_share(training.model, training.temperature, fed, training.objective, training.world, None, own=given)[
+        0
+    ].backward()
     taken = (torch.cuda.max_memory_allocated() - before) / 2**30
-    del audio_BE, text_TE, term_LE
+    del audio_BE, text_TE, term_LE, given
     training.release()
     return taken
 

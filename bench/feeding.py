@@ -28,8 +28,7 @@ import torch
 import tyro
 
 from bench.clip_set import SPEECH, make_clips
-from bench.graphs import TEXT_DEFAULTS
-from bench.random_checkpoint import PUBLISHED_AUDIO, PUBLISHED_TEXT
+from bench.ours import Shapes
 from bench.training_run import measure
 from bin.feed import feed, pinning
 from data.clips import iterate_clips
@@ -71,11 +70,8 @@ def make_set(folder: Path, count: int, seconds: float, seed: int) -> Path:
 
 def random_towers(folder: Path) -> list[str]:
     """Flags for towers of the published shapes with random weights."""
-    flags = []
-    for side, config in (("audio", PUBLISHED_AUDIO), ("text", PUBLISHED_TEXT | TEXT_DEFAULTS | {"tokenizer": "bytes"})):
-        (folder / f"{side}.json").write_text(json.dumps(config), encoding="utf-8")
-        flags += [f"--{side}_model", str(folder / f"{side}.json")]
-    return flags
+    named = Shapes.of().write(folder)
+    return ["--audio_model", str(named.audio_model), "--text_model", str(named.text_model)]
 
 
 def feed_alone(packed: Path, settings: FeedBench, device: torch.device, pace: float = math.inf) -> dict[str, float]:

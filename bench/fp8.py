@@ -19,7 +19,7 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
-import gc
+import itertools
 import time
 from dataclasses import dataclass, field
 
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from bench.findings import Cell, Findings, run_alone
-from bench.limits import Limits, bench_device, synchronize
-from bench.ours import Shapes, Timed, Training, batches, build, time_steps
+from bench.limits import Limits, bench_device, free_memory, synchronize
+from bench.ours import Shapes, Timed, Training, batches, build, put_back, time_steps, trained
 from bin.feed import FedBatch
 from model.fp8 import quantise_frozen, why_no_fp8
 
@@ -63,13 +63,6 @@ def embed(training: Training, fed: FedBatch) -> tuple[Tensor, Tensor]:
     return audio_BE.cpu(), text_NE.cpu()
 
 
-def curve(training: Training, fed: FedBatch, seed: int) -> list[float]:
-    """Losses of steps on one batch."""
-    torch.manual_seed(seed)
-    losses = [training.step(fed) for _ in range(TASK_STEPS)]
-    return torch.stack(losses).tolist()
-
-
 def run_side(name: str, shapes: Shapes, device: torch.device, tiny: bool) -> Side:
     side, started = Side(name), time.perf_counter()
     torch.manual_seed(0)
@@ -77,19 +70,17 @@ def run_side(name: str, shapes: Shapes, device: torch.device, tiny: bool) -> Sid
     built = build(shapes, device, base_dtype=name if is_cuda else "auto")
     if name == "fp8" and not is_cuda:  # which the settings refuse; for a test of this program
         quantise_frozen(built.model)
-    start = {n: p.detach().clone() for n, p in built.model.named_parameters() if p.requires_grad}
+    start = trained(built.model)
     synchronize(device)
     side.built_s = time.perf_counter() - started
     task = batches(shapes, device, 2 if tiny else TASK_CLIPS, 1, seed=1)[0]
     for seed in SEEDS if name == "bf16" else SEEDS[:1]:
-        with torch.no_grad():
-            for n, p in built.model.named_parameters():
-                if n in start:
-                    p.copy_(start[n])
+        put_back(built.model, start)
         training = Training(built)
         if not side.curves:
             side.audio_BE, side.text_NE = embed(training, batches(shapes, device, 4 if tiny else SIZES[0], 1)[0])
-        side.curves.append(curve(training, task, seed))
+        torch.manual_seed(seed)
+        side.curves.append(training.curve(itertools.repeat(task, TASK_STEPS)))
         training.release()
     for num_clips in TINY_SIZES if tiny else SIZES:
         try:
@@ -110,9 +101,7 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     sides = []
     for name in ("bf16", "fp8"):
         sides.append(run_side(name, shapes, device, tiny))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
     found = Findings("frozen products in fp8 beside bf16, LoRA r 16 on q, k, v of both towers, one GPU")
     compare(found, shapes, limits, *sides)
     return found

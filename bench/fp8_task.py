@@ -83,9 +83,9 @@ def losses(config: Config, data: Datasets, seed: int, steps: int, device: torch.
         data.train, config.train.batch_size, built.tokenizer, config.data, seed=seed, glossary=data.glossary,
         windows=data.windows, reader=data.reader, pin=pinning(device),
     )  # fmt: skip
-    found = [training.step(batch) for batch in itertools.islice(batches_of(data, loader, device), steps)]
+    found = training.curve(itertools.islice(batches_of(data, loader, device), steps))
     loader.close()
-    return torch.stack(found).tolist()
+    return found
 
 
 def curve(losses: Sequence[float], stretch: int) -> np.ndarray:

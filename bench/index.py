@@ -29,15 +29,15 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from bench.random_checkpoint import PUBLISHED_AUDIO, PUBLISHED_TEXT, TINY_AUDIO, TINY_TEXT
+from bench.ours import Shapes
 from data.glossary import load_glossary
 from model.build import build_model
 from model.packing import TextPack
-from model.settings import ModelSettings
 from model.text_tower import TextConfig
 from model.tokenizer import CheckpointTokenizer, Tokenizer
 from retrieval.model_files import OpenedModel
@@ -74,15 +74,10 @@ def made_up_terms(count: int) -> list[str]:
 
 def make_retriever(device: str, shapes: str, tokenizer_folder: str | None) -> Retriever:
     """A retriever over random weights. Its audio tower, which has no part in this, is tiny."""
-    text = PUBLISHED_TEXT | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-    text |= TINY_TEXT if shapes == "tiny" else {}
+    text = Shapes.of(tiny=shapes == "tiny").text
     with tempfile.TemporaryDirectory() as folder:
-        for name, config in (("audio", PUBLISHED_AUDIO | TINY_AUDIO), ("text", {**text, "tokenizer": "bytes"})):
-            (Path(folder) / f"{name}.json").write_text(json.dumps(config))
-        settings = ModelSettings(
-            audio_model=f"{folder}/audio.json", text_model=f"{folder}/text.json", proj_dim=PROJ_DIM
-        )
-        built = build_model(settings, device)
+        settings = Shapes(Shapes.of(tiny=True).audio, text).write(Path(folder))
+        built = build_model(replace(settings, proj_dim=PROJ_DIM), device)
     tokenizer: Tokenizer = FourByteTokens(TextConfig.from_hf(text).vocab_size)
     if tokenizer_folder is not None:
         tokenizer = CheckpointTokenizer(tokenizer_folder)

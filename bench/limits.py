@@ -4,6 +4,7 @@ Two figures bound everything: operations a second of a large matrix product, and
 benchmark counts what its work needs, divides by these, and prints the distance.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -52,6 +53,13 @@ def bench_device() -> torch.device:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give what nobody holds any more back to the device, for whoever comes next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, count: int = 20, warmup: int = 3) -> float:

@@ -42,7 +42,7 @@ def gradient(training: Training, fed: Any) -> Tensor:
     training.zero()
     torch.manual_seed(0)
     training.backward(fed)
-    return torch.cat([param.grad.float().flatten() for param in training.params if param.grad is not None])
+    return training.gradient()
 
 
 def set_plan(training: Training, num_audio: int, num_text: int, parks: bool = False) -> None:

@@ -4,11 +4,11 @@ Speed and memory do not depend on what the weights are, so nothing is downloaded
 both InfoNCE losses, hard negatives off.
 """
 
-import gc
 import json
 import logging
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bench.drawn import as_batch, draw, on_device
-from bench.limits import synchronize
+from bench.limits import free_memory, synchronize
 from bench.random_checkpoint import make_config
 from bin.feed import FedBatch
 from bin.optimizer import parameter_groups
-from bin.step import Encoded, encode_in_passes, loss_share
+from bin.step import add_gradients
 from bin.update import make_update
 from distributed.collectives import agree
 from distributed.processes import World
@@ -31,6 +31,7 @@ from losses.settings import LossSettings
 from losses.temperature import Temperature
 from model.audio_tower import AudioConfig
 from model.build import Built, build_model
+from model.dual import DualEncoder
 from model.graphs import TowerGraphs, add_graphs
 from model.settings import ModelSettings
 from model.text_tower import TextConfig
@@ -60,6 +61,13 @@ class Shapes:
     def of_depth(self, num_layers: int) -> "Shapes":
         """The same with fewer layers in each tower."""
         return Shapes(self.audio | {"encoder_layers": num_layers}, self.text | {"num_hidden_layers": num_layers})
+
+    def write(self, folder: Path) -> ModelSettings:
+        """The two as architecture files, and the settings that name them."""
+        audio, text = folder / "audio.json", folder / "text.json"
+        audio.write_text(json.dumps(self.audio), encoding="utf-8")
+        text.write_text(json.dumps(self.text), encoding="utf-8")
+        return ModelSettings(audio_model=str(audio), text_model=str(text))
 
     @property
     def vocabulary(self) -> int:
@@ -91,15 +99,24 @@ def build(shapes: Shapes, device: torch.device, lora: LoraSettings | None = None
     """
     loading, level = logging.getLogger("model.build"), logging.getLogger("model.build").level
     with tempfile.TemporaryDirectory() as folder:
-        audio, text = Path(folder) / "audio.json", Path(folder) / "text.json"
-        audio.write_text(json.dumps(shapes.audio))
-        text.write_text(json.dumps(shapes.text))
         loading.setLevel(logging.ERROR)  # random frozen towers are meant here
-        built = build_model(ModelSettings(audio_model=str(audio), text_model=str(text), **settings), device)
+        built = build_model(replace(shapes.write(Path(folder)), **settings), device)
         loading.setLevel(level)
     inject_lora(built.model, lora or LoraSettings())
     built.model.train()
     return built
+
+
+def trained(model: DualEncoder) -> dict[str, Tensor]:
+    """Copies of the weights that train."""
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
+
+
+@torch.no_grad()
+def put_back(model: DualEncoder, weights: Mapping[str, Tensor]) -> None:
+    """The weights of `trained` again, for another training from the same start."""
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(weight)
 
 
 class Training:
@@ -139,17 +156,14 @@ class Training:
 
     def backward(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
         """Loss and gradients of a batch, added to those that are there; the loss detached, on the device."""
-        passes = encode_in_passes(self.model, fed, clips_per_pass, num_kept)
-        share = self.share(fed, passes.encoded)
-        share.backward()
-        passes.finish()
-        return share.detach()
+        shares, _ = add_gradients(
+            self.model, self.temperature, fed, self.objective, self.world, self.wire_dtype, None, clips_per_pass, 1, num_kept
+        )
+        return shares["loss"]
 
-    def share(self, fed: FedBatch, encoded: Encoded) -> Tensor:
-        """The loss of a batch whose embeddings are there."""
-        return loss_share(
-            self.model, self.temperature, fed, self.objective, self.world, self.wire_dtype, None, encoded
-        )[0]
+    def gradient(self) -> Tensor:
+        """All gradients that there are, as one fp32 vector of its own."""
+        return torch.cat([param.grad.float().flatten() for param in self.params if param.grad is not None])
 
     def step(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
         """One step; nothing here waits for the device but for what came of the step before, as in a run."""
@@ -162,16 +176,17 @@ class Training:
         self._num_steps += 1
         return loss
 
+    def curve(self, batches: Iterable[FedBatch]) -> list[float]:
+        """The losses of a step on each of the batches."""
+        return torch.stack([self.step(fed) for fed in batches]).tolist()
+
     def release(self) -> None:
         """Give back what the last batches took, CUDA graphs included, so that the next size starts even."""
         self.update.zero()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.model.graphs = self.graphs = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            self.graphs = self._make_graphs()
+        synchronize(self.device)
+        self.model.graphs = self.graphs = None
+        free_memory(self.device)
+        self.graphs = self._make_graphs()
 
 
 @dataclass(frozen=True)
@@ -271,11 +286,11 @@ def count_tokens(fed: FedBatch) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def wake_adapters(model: torch.nn.Module) -> None:
+def wake_adapters(model: torch.nn.Module, std: float = 0.05) -> None:
     """Random values for lora_B, which is zero at the start: lora_A would have no gradient."""
     for name, param in model.named_parameters():
         if name.endswith("lora_B"):
-            param.normal_(0, 0.05)
+            param.normal_(0, std)
 
 
 def cap_memory(gib: float, device: torch.device) -> None:

@@ -15,7 +15,6 @@ taken off, and whether each feature's nearest neighbour on the other side is its
 Shapes: N inputs, B a batch of them, L tokens, D hidden.
 """
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.limits import free_memory, synchronize
 from model.build import build_model
 from model.packing import AudioLayout, AudioPack, TextPack
 from model.settings import ModelSettings
@@ -89,9 +89,9 @@ def measure(
 ) -> dict[str, Any]:
     """Agreement of `tower`, `lm` and `text`, and the seconds that each side took to load. waves: int16, 16 kHz mono."""
     ours, ours_load_s = our_features(checkpoint, waves, strings, device)
-    release(device)
+    free_memory(device)
     theirs, theirs_load_s = their_features(checkpoint, waves, strings, device)
-    release(device)
+    free_memory(device)
     agreements = {name: compare(ours[name], theirs[name]) for name in ours}
     return {
         "agreements": agreements,
@@ -103,13 +103,6 @@ def measure(
 
 def as_json(measured: dict[str, Any]) -> dict[str, Any]:
     return {**measured, "agreements": {name: asdict(one) for name, one in measured["agreements"].items()}}
-
-
-def release(device: torch.device) -> None:
-    """Give a model's memory back to the device, for whoever comes next."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -199,8 +192,3 @@ def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     assert x_BLD.shape[:2] == mask_BL.shape, (x_BLD.shape, mask_BL.shape)
     weight_BL1 = mask_BL[:, :, None].float()
     return (x_BLD.float().cpu() * weight_BL1).sum(1) / weight_BL1.sum(1)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -23,7 +23,6 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
 import argparse
-import gc
 import json
 import time
 import warnings
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
 from bench.drawn import SAMPLE_RATE, Drawn, draw
-from bench.limits import bench_device, synchronize
+from bench.limits import bench_device, free_memory, synchronize
 from bench.ours import Shapes, peak_gib
 
 Kind = Literal["stock", "tuned"]
@@ -222,9 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found["out_of_memory"] = True
         print(json.dumps(found), flush=True)
         peer.zero_grad(set_to_none=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(device)
     return 0
 
 

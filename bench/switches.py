@@ -14,7 +14,6 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from bench.findings import Findings, run_alone
-from bench.limits import Limits, bench_device, synchronize
+from bench.limits import Limits, bench_device, free_memory, synchronize
 from bench.ours import OBJECTIVE, Shapes, Training, batches, build, without_dropout
 
 DEPTH, NUM_CLIPS, NUM_STEPS, NUM_BATCHES = 8, 64, 20, 4
@@ -81,9 +80,7 @@ def train(shapes: Shapes, switches: Switches, num_clips: int, num_steps: int, nu
     later = sorted(times[min(num_batches + 1, num_steps - 1) :])
     curve = Curve([float(loss) for loss in losses], later[len(later) // 2] * 1e3)
     del training, built, fed
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(device)
     return curve
 
 

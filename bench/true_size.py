@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from bench import parity, training_run
+from bench.limits import free_memory
 from bin.runlog import environment
 from data.clips import load_clips
 from data.drops import DropLog
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
             report[part] = {"error": f"{type(error).__name__}: {error}"}
             is_good = False
-        parity.release(device)
+        free_memory(device)
         write_file_atomically(out / REPORT_FILE, json_bytes(report))
     rows = table(report)
     width = max(len(name) for name, _ in rows)

@@ -180,15 +180,18 @@ def add_gradients(
     bank: TermBank | None,
     clips_per_pass: int,
     num_accumulated: int,
+    num_kept: int = 1,
 ) -> tuple[dict[str, Tensor], int]:
     """Embed, compare and go back: adds the gradients of one of `num_accumulated` batches of a step to those there are.
 
     Returns (this rank's detached shares of the loss and its parts over num_accumulated, clips of all ranks). A
-    collective. Nothing of the autograd graph outlives the call. A live graph holds the parameters' accumulators, which
-    stay on the stream that they were made on, and a later CUDA graph capture on another stream would have to make that
-    one wait, which CUDA refuses; it also holds captures that were let go, and their memory.
+    collective. clips_per_pass, num_kept: see `encode_in_passes`.
+
+    Nothing of the autograd graph outlives the call. A live graph holds the parameters' accumulators, which stay on the
+    stream that they were made on, and a later CUDA graph capture on another stream would have to make that one wait,
+    which CUDA refuses; it also holds captures that were let go, and their memory.
     """
-    passes = encode_in_passes(model, batch, clips_per_pass)
+    passes = encode_in_passes(model, batch, clips_per_pass, num_kept)
     share, parts, relations = loss_share(model, temperature, batch, settings, world, wire_dtype, bank, passes.encoded)
     (share / num_accumulated).backward()
     passes.finish()

@@ -1,7 +1,13 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench.feeding import FeedBench, feed_alone, make_set, waits
+from bench.feeding import FeedBench, feed_alone, make_set, random_towers, waits
+from bin.config import parse
+from model.audio_tower import AudioConfig
+from model.text_tower import TextConfig
 
 
 def test_feeding_alone_is_measured(tmp_path):
@@ -9,6 +15,13 @@ def test_feeding_alone_is_measured(tmp_path):
     found = feed_alone(packed, FeedBench(batch_size=4, num_workers=1), torch.device("cpu"))
     assert found["clips_per_s"] > 0
     assert 0 < found["median_ms"] <= found["p99_ms"]
+
+
+def test_random_towers_are_flags_of_the_trainer(tmp_path):
+    model = parse(random_towers(tmp_path)).model
+    audio, text = (json.loads(Path(path).read_text()) for path in (model.audio_model, model.text_model))
+    assert AudioConfig.from_hf(audio).d_model == 1280
+    assert TextConfig.from_hf(text, use_defaults=False).hidden_size == 4096
 
 
 def test_waits_leave_out_the_first_steps_of_epochs():

@@ -1,20 +1,53 @@
-"""Both parts run on the CPU at small shapes, where packs are filled up and nothing is captured."""
+"""At small shapes on the CPU, where packs are filled up and nothing is captured."""
 
 import pytest
+import torch
 
 from bench import graphs
+from bench.ours import Training
+
+SMALL = ["parity", "--clips", "5", "--shapes", "tiny", "--device", "cpu", "--steps", "3", "--batches", "2"]
 
 
 def test_parity_of_padded_and_plain_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--clips", "5", "--shapes", "tiny", "--device", "cpu", "--steps", "3", "--batches", "2"]
-    assert graphs.main(["parity", *small]) == 0
+    assert graphs.main(SMALL) == 0
     printed = capsys.readouterr().out
-    assert "cosine 1.0000000" in printed
+    assert "gradient at 5 clips, dropout off: cosine 1.0000000, norm ratio 1.00000" in printed
     assert printed.count("largest difference 0.0000") == 2
 
 
-def test_speed_prints_a_line_a_size_and_mode(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--clips", "2", "3", "--shapes", "tiny", "--device", "cpu", "--steps", "2", "--batches", "1"]
-    assert graphs.main(["speed", *small]) == 0
-    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert lines == [["2", "graphed"], ["2", "eager"], ["3", "graphed"], ["3", "eager"]]
+def test_another_gradient_and_another_curve_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_gradients, real_step = Training.gradients, Training.step
+
+    def other_gradients(training: Training) -> torch.Tensor:
+        found = real_gradients(training)
+        return found if training.graphs is None else found + found.std()
+
+    monkeypatch.setattr(Training, "gradients", other_gradients)
+    assert graphs.main(SMALL) == 1
+    monkeypatch.setattr(Training, "gradients", real_gradients)
+
+    def other_step(training: Training, *more: object) -> torch.Tensor:
+        return real_step(training, *more) + (0.0 if training.graphs is None else 0.1)
+
+    monkeypatch.setattr(Training, "step", other_step)
+    assert graphs.main(SMALL) == 1
+    assert "eager/graphed" in capsys.readouterr().out
+
+
+def test_each_training_begins_with_the_same_weights_and_graphs_stand_in() -> None:
+    shapes = graphs.Shapes.of(tiny=True)
+    torch.manual_seed(0)
+    built = graphs.build(shapes, torch.device("cpu"))
+    start = graphs.trained(built.model)
+    fed = graphs.batches(shapes, torch.device("cpu"), 2, 2)
+    curves = [graphs.curve(built, start, mode, 0.1, fed, 3) for mode in ("padded", "eager", "padded")]
+    assert curves[0] == curves[2]
+    assert curves[0] != curves[1]  # the padded shape draws another dropout
+    training = graphs.begin(built, start, "padded", 0.0)
+    assert training.graphs is built.model.graphs is not None
+    assert all(torch.equal(value, start[name]) for name, value in graphs.trained(built.model).items())
+    training.release()
+    assert built.model.graphs is training.graphs is None

@@ -1,7 +1,25 @@
+import gc
+import json
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 
-from bench.ours import Shapes, Training, batches, build, count_tokens, time_steps, warm_up, without_dropout
+from bench.ours import (
+    Shapes,
+    Training,
+    batches,
+    build,
+    count_tokens,
+    put_back,
+    time_steps,
+    trained,
+    warm_up,
+    without_dropout,
+)
+from bin import step
+from bin.step import encode_in_passes, loss_share
 
 CPU = torch.device("cpu")
 
@@ -46,6 +64,58 @@ def test_steps_are_timed_and_train() -> None:
     audio, text = count_tokens(fed[0])
     assert audio == training.model.audio_tower.layout(fed[0].batch.num_samples, CPU).tokens.place_P.numel()
     assert text == len(fed[0].batch.token_ids_P)
+
+
+def test_architecture_files_say_all_of_the_shapes(tmp_path: Path) -> None:
+    named = Shapes.of().write(tmp_path)
+    for path, config in ((named.audio_model, Shapes.of().audio), (named.text_model, Shapes.of().text)):
+        assert json.loads(Path(str(path)).read_text()) == config
+
+
+def test_a_curve_repeats_from_the_same_start_and_no_graph_outlives_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shapes = Shapes.of(tiny=True)
+    built = build(shapes, CPU)
+    start, fed, kept = trained(built.model), batches(shapes, CPU, 3, 2), []
+    real = step.loss_share
+
+    def watched(*args: object) -> object:
+        found = real(*args)
+        kept.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(step, "loss_share", watched)
+    curves = []
+    gc.disable()
+    for _ in range(2):
+        put_back(built.model, start)
+        torch.manual_seed(1)
+        curves.append(Training(built).curve([*fed, fed[0]]))
+    gc.enable()
+    assert curves[0] == curves[1]
+    assert curves[0][2] != curves[0][0]
+    assert len(kept) == 6
+    assert not any(reference() is not None for reference in kept)
+
+
+def test_gradients_are_those_of_the_trainers_loss_and_add_up() -> None:
+    torch.manual_seed(0)
+    shapes = Shapes.of(tiny=True)
+    training = Training(build(shapes, CPU, without_dropout()))
+    [fed] = batches(shapes, CPU, 4, 1)
+    training.zero()
+    encoded = encode_in_passes(training.model, fed, 0).encoded
+    loss_share(training.model, training.temperature, fed, training.objective, training.world, None, own=encoded)[
+        0
+    ].backward()
+    expected = training.gradient()
+    assert expected.abs().max() > 0
+    for num_kept in (0, 1, 2):
+        training.zero()
+        training.backward(fed, 2, num_kept)
+        torch.testing.assert_close(training.gradient(), expected, rtol=1e-4, atol=1e-6)
+    training.backward(fed)
+    torch.testing.assert_close(training.gradient(), 2 * expected, rtol=1e-4, atol=1e-6)
 
 
 class Graphs:
