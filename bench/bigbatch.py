@@ -104,11 +104,12 @@ def loss_gib(training: Training, fed: FedBatch) -> float:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     given = Encoded(audio_BE, text_TE, term_LE, None)
-    loss_share(training.model, training.temperature, fed, training.objective, training.world, None, own=given)[
-        0
-    ].backward()
+    share, _, _ = loss_share(
+        training.model, training.temperature, fed, training.objective, training.world, None, own=given
+    )
+    share.backward()
     taken = (torch.cuda.max_memory_allocated() - before) / 2**30
-    del audio_BE, text_TE, term_LE, given
+    del audio_BE, text_TE, term_LE, given, share
     training.release()
     return taken
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import tyro
 
-from bin.redaction import tell_error
+from bin.ending import run_program
 from bin.runlog import configure_logging
 from bin.samples import read_samples, write_lines
 from data.audio import AudioError
@@ -90,16 +90,17 @@ def _records(clips: list[Clip], output_format: str, drops: DropLog) -> Iterator[
             drops.add(error.reason, clip.source, f"{clip.audio_path}: {error.detail}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     settings = tyro.cli(
         tyro.conf.OmitArgPrefixes[ConvertSettings], args=argv, use_underscores=True, prog="bin/convert.py"
     )
     configure_logging(0, None)
-    try:
+
+    def program() -> None:
         convert(settings)
-    except Exception as error:
-        sys.exit(tell_error("bin/convert.py", error))
+
+    return run_program("bin/convert.py", program)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,8 @@ from typing import Literal
 import torch
 
 from bin.config import Config, parse
-from bin.redaction import redact, secret_values, tell_error
+from bin.ending import tell_error
+from bin.redaction import redact, secret_values
 from data.clips import load_clips
 from data.drops import DropLog
 from data.reader import AudioReader

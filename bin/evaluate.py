@@ -28,8 +28,8 @@ import tyro
 
 from bin.config import Config, apply_file
 from bin.datasets import MeasuredSets, load_measured_sets, merge_drops
+from bin.ending import run_program
 from bin.evaluation import NUM_TOP, Evaluator
-from bin.redaction import tell_error
 from bin.reporting import data_facts, write_report
 from bin.results import show_account
 from bin.runlog import configure_logging, console, environment
@@ -296,11 +296,10 @@ def parse(argv: Sequence[str] | None = None, quiet: bool = False) -> EvaluateSet
 
 
 def main() -> int:
-    try:
+    def program() -> None:
         evaluate(parse(quiet=os.environ.get("RANK", "0") != "0"))
-    except Exception as error:
-        return tell_error("bin/evaluate.py", error)
-    return 0
+
+    return run_program("bin/evaluate.py", program)
 
 
 if __name__ == "__main__":

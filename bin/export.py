@@ -22,7 +22,8 @@ from typing import Literal
 
 import tyro
 
-from bin.opening import run_program
+from bin.ending import run_program
+from bin.opening import log_to_standard_error
 from distributed.atomic import write_folder_atomically
 from retrieval.export import Dtype, export_audio, export_merged, export_peft
 from retrieval.model_card import model_card
@@ -87,6 +88,7 @@ def export(settings: ExportSettings) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings from the command line; a user's error is one line."""
     settings = tyro.cli(ExportSettings, args=argv, use_underscores=True, prog="bin/export.py")
+    log_to_standard_error()
     return run_program("bin/export.py", lambda: export(settings))
 
 

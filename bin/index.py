@@ -26,7 +26,8 @@ from typing import Annotated
 
 import tyro
 
-from bin.opening import ModelFlags, run_program
+from bin.ending import run_program
+from bin.opening import ModelFlags, log_to_standard_error
 from data.drops import DropLog
 from data.glossary import load_glossary
 from data.terms import normalise_term
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bin/index.py",
         description=__doc__,
     )
+    log_to_standard_error()
     return run_program("bin/index.py", command.run)
 
 

@@ -31,8 +31,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from bin.ending import run_program
 from bin.evaluation import encode_terms
-from bin.redaction import tell_error
 from bin.runlog import configure_logging
 from bin.search_clips import ClipSearch
 from data.checks import check_clips
@@ -256,10 +256,7 @@ def _merge(output: Path, parts: Path, stamp: dict[str, Any], num_clips: int, max
 def main(argv: Sequence[str] | None = None) -> int:
     """Settings from the command line; a user's error is one line on rank 0."""
     settings = tyro.cli(MineSettings, args=argv, use_underscores=True, prog="bin/mine.py")
-    try:
-        return mine(settings)
-    except Exception as error:
-        return tell_error("bin/mine.py", error)
+    return run_program("bin/mine.py", lambda: mine(settings))
 
 
 if __name__ == "__main__":

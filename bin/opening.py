@@ -2,12 +2,11 @@
 
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bin.redaction import RedactingFormatter, tell_error
+from bin.redaction import RedactingFormatter
 from distributed.processes import choose_device
 from retrieval.index import TermIndex
 from retrieval.model_files import read_config
@@ -75,17 +74,10 @@ def threshold_of(retriever: Retriever, search: SearchFlags) -> float | None:
     return retriever.calibrated_threshold
 
 
-def run_program(name: str, program: Callable[[], None]) -> int:
-    """Exit code of a program of one process: a user's error is one line, not a traceback; Ctrl-C ends it quietly."""
+def log_to_standard_error() -> None:
+    """Standard output is for what is found."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(RedactingFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("transformers", "huggingface_hub", "torch", "httpx", "model", "data"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        program()
-    except Exception as error:
-        return tell_error(name, error)
-    except KeyboardInterrupt:
-        return 130
-    return 0

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bin.redaction import tell_error
+from bin.ending import run_program
 from bin.runlog import configure_logging, console
 from data.clips import iterate_clips
 from data.drops import DropLog
@@ -128,10 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Settings from the command line; a user's error is one line."""
     settings = tyro.cli(tyro.conf.OmitArgPrefixes[PackSettings], args=argv, use_underscores=True, prog="bin/pack.py")
     configure_logging(0, None)
-    try:
-        return pack(settings)
-    except Exception as error:
-        return tell_error("bin/pack.py", error)
+    return run_program("bin/pack.py", lambda: pack(settings))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 from bin.config import Config, parse
 from bin.datasets import load_datasets
-from bin.redaction import tell_error
+from bin.ending import tell_error
 from bin.rundir import choose_run_dir
 from data.records import find_file
 from distributed.processes import World

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from bin.opening import ModelFlags, SearchFlags, open_retriever, run_program, threshold_of
+from bin.ending import run_program
+from bin.opening import ModelFlags, SearchFlags, log_to_standard_error, open_retriever, threshold_of
 from data.audio import SAMPLE_RATE, AudioError, iterate_pcm
 from retrieval.matches import Match
 from retrieval.stream import Stream, advance
@@ -201,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def program() -> None:
         retrieve(tyro.cli(RetrieveSettings, args=argv, use_underscores=True, prog="bin/retrieve.py"))
 
+    log_to_standard_error()
     return run_program("bin/retrieve.py", program)
 
 

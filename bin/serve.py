@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, fields
 
 import tyro
 
-from bin.opening import ModelFlags, SearchFlags, open_retriever, run_program, threshold_of
+from bin.ending import run_program
+from bin.opening import ModelFlags, SearchFlags, log_to_standard_error, open_retriever, threshold_of
 
 logger = logging.getLogger("earmark")
 
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def program() -> None:
         serve(tyro.cli(ServeSettings, args=argv, use_underscores=True, prog="bin/serve.py"))
 
+    log_to_standard_error()
     return run_program("bin/serve.py", program)
 
 

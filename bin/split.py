@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bin.redaction import tell_error
+from bin.ending import run_program
 from bin.runlog import configure_logging
 from bin.samples import read_samples, write_lines
 from data.drops import DropLog
@@ -140,7 +140,7 @@ def _kinds(same_text_words: int, same_samples: bool) -> list[Kind]:
     return [*kinds, "samples"] if same_samples else kinds
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     commands = (
         Annotated[MakeSettings, tyro.conf.subcommand("make")] | Annotated[CheckSettings, tyro.conf.subcommand("check")]
     )
@@ -153,14 +153,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     configure_logging(0, None)
-    try:
-        if isinstance(settings, MakeSettings):
-            make(settings)
-        elif check(settings):
-            sys.exit(1)
-    except Exception as error:
-        sys.exit(tell_error("bin/split.py", error))
+
+    def program() -> int:
+        if isinstance(settings, CheckSettings):
+            return int(check(settings) > 0)
+        make(settings)
+        return 0
+
+    return run_program("bin/split.py", program)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

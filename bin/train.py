@@ -30,11 +30,12 @@ from bin.bank import BankSchedule
 from bin.checks import check_all_train, check_rooms_agree, describe_plan
 from bin.config import Config, parse, to_toml
 from bin.datasets import load_datasets, merge_drops
+from bin.ending import run_program
 from bin.evaluation import Evaluator, encode_terms
 from bin.feed import feed, pinning
 from bin.fit import fit_memory
 from bin.optimizer import parameter_groups
-from bin.redaction import redact, tell_error
+from bin.redaction import redact
 from bin.reporting import NUM_MISSES, show_test, write_run_report
 from bin.rundir import (
     Resumable,
@@ -340,10 +341,7 @@ def train(config: Config) -> int:
 
 
 def main() -> int:
-    try:
-        return train(parse(quiet=os.environ.get("RANK", "0") != "0"))
-    except Exception as error:
-        return tell_error("bin/train.py", error)
+    return run_program("bin/train.py", lambda: train(parse(quiet=os.environ.get("RANK", "0") != "0")))
 
 
 if __name__ == "__main__":
