@@ -27,7 +27,7 @@ from bench.limits import Limits, bench_device, synchronize
 from bench.ours import Shapes, Training, batches, build, cap_memory, count_tokens, peak_gib
 from bin.feed import FedBatch
 from bin.fit import GRAPHS_SPREAD, costs, room_bytes
-from bin.step import Encoded, loss_share
+from bin.step import Encoded
 from model.memory import clips_in
 
 CAP_GIB = 40.0
@@ -103,13 +103,9 @@ def loss_gib(training: Training, fed: FedBatch) -> float:
     )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    given = Encoded(audio_BE, text_TE, term_LE, None)
-    share, _, _ = loss_share(
-        training.model, training.temperature, fed, training.objective, training.world, None, own=given
-    )
-    share.backward()
+    training.share(fed, Encoded(audio_BE, text_TE, term_LE, None)).backward()
     taken = (torch.cuda.max_memory_allocated() - before) / 2**30
-    del audio_BE, text_TE, term_LE, given, share
+    del audio_BE, text_TE, term_LE
     training.release()
     return taken
 

@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench.ours import Shapes, Training, batches, build, put_back, trained
+from bench.ours import Shapes, Training, batches, build, put_back, trained, wake_adapters
 from bin.feed import FedBatch
 from distributed.processes import use_growing_segments
 from lora.layers import LoraLinear
@@ -125,10 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device, shapes = torch.device(settings.device), Shapes.of(settings.shapes == "tiny")
     torch.manual_seed(settings.seed)
     built = build(shapes, device)
-    with torch.no_grad():  # adapters that do something: B starts at zero
-        for name, param in built.model.named_parameters():
-            if name.endswith("lora_B"):
-                param.normal_(0.0, 0.01)
+    wake_adapters(built.model, 0.01)
     name = torch.cuda.get_device_name() if settings.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}; model ready in {time.perf_counter() - began:.1f} s", flush=True)
     fed = batches(shapes, device, settings.clips, settings.batches, settings.seed)

@@ -21,7 +21,7 @@ from bench.limits import free_memory, synchronize
 from bench.random_checkpoint import make_config
 from bin.feed import FedBatch
 from bin.optimizer import parameter_groups
-from bin.step import add_gradients
+from bin.step import Encoded, add_gradients, loss_share
 from bin.update import make_update
 from distributed.collectives import agree
 from distributed.processes import World
@@ -157,9 +157,24 @@ class Training:
     def backward(self, fed: FedBatch, clips_per_pass: int = 0, num_kept: int = 1) -> Tensor:
         """Loss and gradients of a batch, added to those that are there; the loss detached, on the device."""
         shares, _ = add_gradients(
-            self.model, self.temperature, fed, self.objective, self.world, self.wire_dtype, None, clips_per_pass, 1, num_kept
+            self.model,
+            self.temperature,
+            fed,
+            self.objective,
+            self.world,
+            self.wire_dtype,
+            None,
+            clips_per_pass,
+            1,
+            num_kept,
         )
         return shares["loss"]
+
+    def share(self, fed: FedBatch, encoded: Encoded) -> Tensor:
+        """The loss of a batch whose embeddings are there."""
+        return loss_share(
+            self.model, self.temperature, fed, self.objective, self.world, self.wire_dtype, None, encoded
+        )[0]
 
     def gradient(self) -> Tensor:
         """All gradients that there are, as one fp32 vector of its own."""

@@ -19,15 +19,15 @@ def test_parity_of_padded_and_plain_steps(capsys: pytest.CaptureFixture[str]) ->
 def test_another_gradient_and_another_curve_are_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_gradients, real_step = Training.gradients, Training.step
+    real_gradient, real_step = Training.gradient, Training.step
 
-    def other_gradients(training: Training) -> torch.Tensor:
-        found = real_gradients(training)
+    def other_gradient(training: Training) -> torch.Tensor:
+        found = real_gradient(training)
         return found if training.graphs is None else found + found.std()
 
-    monkeypatch.setattr(Training, "gradients", other_gradients)
+    monkeypatch.setattr(Training, "gradient", other_gradient)
     assert graphs.main(SMALL) == 1
-    monkeypatch.setattr(Training, "gradients", real_gradients)
+    monkeypatch.setattr(Training, "gradient", real_gradient)
 
     def other_step(training: Training, *more: object) -> torch.Tensor:
         return real_step(training, *more) + (0.0 if training.graphs is None else 0.1)
