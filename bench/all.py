@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from bench.findings import Findings, number
+from bench.findings import Findings, find_pyplot, number
 from bench.limits import Limits, bench_device, measure_limits
 from bin.runlog import environment
 from distributed.atomic import json_bytes, write_file_atomically
@@ -112,11 +112,8 @@ def summary(parts: dict[str, dict[str, Any]]) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> bool:
     """Clips a second over the batch size, and how far each figure is from its target; False without matplotlib."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-        matplotlib.use("Agg")
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
+    pyplot = find_pyplot()
+    if pyplot is None:
         return False
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     rows = report["parts"].get("step", {}).get("rows", [])

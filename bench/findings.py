@@ -9,6 +9,7 @@ test at small shapes, on the CPU as well: same code, figures that mean nothing.
 """
 
 import argparse
+import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -88,6 +89,15 @@ def _shown(cell: Cell) -> str:
     if isinstance(cell, str):
         return cell
     return f"{cell:,}" if isinstance(cell, int) else number(cell)
+
+
+def find_pyplot() -> Any:
+    """matplotlib.pyplot without a window; None where matplotlib, which nothing else needs, is not installed."""
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        return None
 
 
 def run_alone(measure: Callable[[Limits, bool], Findings], argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,6 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
 import argparse
-import importlib
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from bench import parity, training_run
+from bench.findings import find_pyplot
 from bench.limits import free_memory
 from bin.runlog import environment
 from data.clips import load_clips
@@ -59,11 +59,8 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 
 def draw_loss(loss: Sequence[float | None], path: Path) -> bool:
     """The loss curve as an image; False where matplotlib, which nothing else needs, is not installed."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-        matplotlib.use("Agg")
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
+    pyplot = find_pyplot()
+    if pyplot is None:
         return False
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(range(1, len(loss) + 1), [float("nan") if value is None else value for value in loss], marker=".")

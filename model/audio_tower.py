@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import Heads, packed_attention, project
 from model.convolutions import embed_frames
@@ -24,7 +23,7 @@ from model.fp8_mlp import feed_forward
 from model.kernels import uses_triton
 from model.norms import LayerNorm, stream_dtype
 from model.packing import AudioLayout, SequenceLayout
-from model.parking import Parking
+from model.parking import run_layers
 from model.saved import remade
 
 # Left out by the published config.json of Qwen2-Audio, which relies on transformers' defaults.
@@ -186,19 +185,10 @@ class AudioTower(nn.Module):
         """Return x_QD in the compute dtype, tokens as in `layout.pooled`; `mel_TM` is zero in the gaps."""
         mel_TM = mel_TM.to(stream_dtype(self.conv1.weight))
         x_PD = embed_frames(mel_TM, layout, self.conv1, self.conv2, self.embed_positions, self.kernels)
-        delta_PD, remakes = None, uses_triton(self.kernels, x_PD)
-        parking = Parking(x_PD.device) if self.parks_checkpoints else None
-        for i, layer in enumerate(self.layers):
-            if i < self.num_checkpointed and torch.is_grad_enabled():
-                # Summed here, one tensor is kept instead of two. Reentrant checkpointing would give no gradient at
-                # all behind a frozen input.
-                x_PD = x_PD if delta_PD is None else x_PD + delta_PD
-                if parking is not None:
-                    x_PD, delta_PD = parking.run(layer, x_PD, layout.tokens)
-                else:
-                    x_PD, delta_PD = checkpoint(layer, x_PD, None, layout.tokens, use_reentrant=False)
-            else:
-                x_PD, delta_PD = layer(x_PD, delta_PD, layout.tokens, remakes)
+        remakes = uses_triton(self.kernels, x_PD)
+        x_PD, delta_PD = run_layers(
+            self.layers, x_PD, (layout.tokens,), self.num_checkpointed, self.parks_checkpoints, remakes
+        )
         if self.config.pool == 2:
             assert delta_PD is not None, "a tower without layers"
             return self.layer_norm.add_pairs(x_PD, delta_PD, layout.pool_first_Q, layout.pool_second_Q)  # P -> Q

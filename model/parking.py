@@ -1,4 +1,4 @@
-"""Recomputed layers whose inputs wait in pinned host memory, so that the device holds one layer at a time.
+"""Recomputed layers, whose inputs may wait in pinned host memory, so that the device holds one layer at a time.
 
 Values and gradients are those of torch.utils.checkpoint: the layer runs once without a graph and once more in the
 backward pass, from the same input, random state and autocast. Copies run on a stream of their own, out behind the
@@ -7,16 +7,41 @@ forward pass and in ahead of the backward pass; at most two wait at a time, so t
 Shapes: P packed tokens, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 Layer = Callable[..., tuple[Tensor, Tensor]]
 MOST_WAITING = 2
+
+
+def run_layers(
+    layers: Iterable[Layer], x_PD: Tensor, rest: tuple[Any, ...], num_recomputed: int, parks: bool, remakes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The residual stream behind a tower's layers, and what is still to be added to it (None without layers).
+
+    Each is called with stream, addend, `rest` and `remakes`. In training, the first `num_recomputed` are computed again
+    in the backward pass instead of kept, without `remakes`; `parks`: what goes into them waits in host memory.
+    """
+    delta_PD: Tensor | None = None
+    parking = Parking(x_PD.device) if parks else None
+    for i, layer in enumerate(layers):
+        if i < num_recomputed and torch.is_grad_enabled():
+            # Summed here, one tensor is kept instead of two. Reentrant checkpointing would give no gradient at all
+            # behind a frozen input.
+            x_PD = x_PD if delta_PD is None else x_PD + delta_PD
+            if parking is not None:
+                x_PD, delta_PD = parking.run(layer, x_PD, *rest)
+            else:
+                x_PD, delta_PD = checkpoint(layer, x_PD, None, *rest, use_reentrant=False)
+        else:
+            x_PD, delta_PD = layer(x_PD, delta_PD, *rest, remakes)
+    return x_PD, delta_PD
 
 
 @dataclass(eq=False)

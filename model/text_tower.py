@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.activations import join_weights, joined_weight, swiglu
 from model.attention import Heads, packed_attention, project
@@ -22,7 +20,7 @@ from model.fp8_mlp import feed_forward
 from model.kernels import uses_triton
 from model.norms import RMSNorm, stream_dtype
 from model.packing import SequenceLayout, TextPack
-from model.parking import Parking
+from model.parking import run_layers
 from model.rotary import Rotary
 from model.saved import remade
 
@@ -224,17 +222,8 @@ class TextTower(nn.Module):
         rotary = Rotary.build(
             self.config.rope_theta, self.config.head_dim, layout.max_len, x_PD.dtype, layout.place_P.device
         )
-        delta_PD, remakes = None, uses_triton(self.kernels, x_PD)
-        parking = Parking(x_PD.device) if self.parks_checkpoints else None
-        for i, layer in enumerate(self.layers):
-            if i < self.num_checkpointed and torch.is_grad_enabled():
-                # Summed here, one tensor is kept instead of two. Reentrant checkpointing would give no gradient at
-                # all behind a frozen input.
-                x_PD = x_PD if delta_PD is None else x_PD + delta_PD
-                if parking is not None:
-                    x_PD, delta_PD = parking.run(layer, x_PD, rotary, layout)
-                else:
-                    x_PD, delta_PD = checkpoint(layer, x_PD, None, rotary, layout, use_reentrant=False)
-            else:
-                x_PD, delta_PD = layer(x_PD, delta_PD, rotary, layout, remakes)
+        remakes = uses_triton(self.kernels, x_PD)
+        x_PD, delta_PD = run_layers(
+            self.layers, x_PD, (rotary, layout), self.num_checkpointed, self.parks_checkpoints, remakes
+        )
         return self.norm.add(x_PD, delta_PD)[1]

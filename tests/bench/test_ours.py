@@ -19,7 +19,7 @@ from bench.ours import (
     without_dropout,
 )
 from bin import step
-from bin.step import encode_in_passes, loss_share
+from bin.step import encode_in_passes
 
 CPU = torch.device("cpu")
 
@@ -105,9 +105,7 @@ def test_gradients_are_those_of_the_trainers_loss_and_add_up() -> None:
     [fed] = batches(shapes, CPU, 4, 1)
     training.zero()
     encoded = encode_in_passes(training.model, fed, 0).encoded
-    loss_share(training.model, training.temperature, fed, training.objective, training.world, None, own=encoded)[
-        0
-    ].backward()
+    training.share(fed, encoded).backward()
     expected = training.gradient()
     assert expected.abs().max() > 0
     for num_kept in (0, 1, 2):

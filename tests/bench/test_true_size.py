@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import parity, training_run, true_size
+from bench import findings, parity, training_run
 from bench.random_checkpoint import write_checkpoint
 from bench.true_size import choose_inputs, draw_loss, main
 
@@ -91,6 +91,6 @@ def test_no_plot_without_matplotlib(tmp_path, monkeypatch):
     def absent(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(true_size.importlib, "import_module", absent)
+    monkeypatch.setattr(findings.importlib, "import_module", absent)
     assert not draw_loss([1.0, None, 0.5], tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()

@@ -7,7 +7,7 @@ from torch import nn
 from lora.inject import inject_lora
 from lora.settings import LoraSettings
 from model.build import build_model
-from model.parking import Parking
+from model.parking import Parking, run_layers
 from model.settings import ModelSettings
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -72,3 +72,28 @@ def test_towers_with_adapters_and_dropout(device, write_qwen2_audio, make_pack):
     for other in found[1:]:
         for name, grad in other.items():
             torch.testing.assert_close(grad, found[0][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_recomputed", "parks"), [(2, False), (2, True), (4, True)])
+def test_a_walk_gives_the_same_however_many_layers_are_recomputed(num_recomputed, parks):
+    seen = []
+
+    def layer(x, delta, scale, remakes=False):
+        x = x if delta is None else x + delta
+        seen.append((delta is None, remakes))
+        return x, torch.nn.functional.dropout(torch.sin(x * scale), 0.3)
+
+    def walk(count, parks):
+        torch.manual_seed(1)
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).requires_grad_()
+        stream, rest = run_layers([layer] * 4, x, (3.0,), count, parks, remakes=True)
+        (stream + rest).pow(2).sum().backward()
+        return stream + rest, x.grad
+
+    expected, found = walk(0, False), walk(num_recomputed, parks)
+    assert seen[4:8] == [(True, False)] * num_recomputed + [(False, True)] * (4 - num_recomputed)
+    assert len(seen) == 8 + num_recomputed
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    x = torch.zeros(2)
+    assert run_layers([], x, (), 0, False, False) == (x, None)
