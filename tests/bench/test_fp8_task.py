@@ -24,7 +24,7 @@ def test_fp8_may_be_as_far_off_as_another_seed(off: float, is_met: bool) -> None
     (check,) = found.checks
     assert check.value == pytest.approx(off / 0.2)
     assert check.is_met == is_met
-    assert [row["off the first"] for row in found.rows] == pytest.approx[0.0, 0.1, 0.3, off]
+    assert [row["off the first"] for row in found.rows] == pytest.approx([0.0, 0.1, 0.3, off])
     assert found.rows[0]["to 2"] == 1.0
 
 
