@@ -111,7 +111,7 @@ def make(settings: MakeSettings) -> dict[str, int | float]:
     report: dict[str, int | float] = {f"num_{name}": len(part) for name, part in parts.items()}
     report |= {"num_withheld": len(withheld), "num_dropped": drops.num_dropped}
     report |= {"num_test_terms": len(terms), "num_unseen_terms": len(unseen)}
-    report["unseen_share"] = round(len(unseen) / len(terms), 6) if terms else 0.0
+    report["unseen_share"] = len(unseen) / len(terms) if terms else 0.0
     write_file_atomically(output / "split.json", json_bytes({"settings": asdict(settings)} | report))
     for name, value in report.items():
         logger.info("%-18s %s", name, value)

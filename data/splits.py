@@ -13,6 +13,7 @@ trained on nor tested, and is handed back with its reason: nothing is lost silen
 from __future__ import annotations
 
 import heapq
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -88,7 +89,8 @@ def split_by(clips: list[Clip], by: By, test_share: float, seed: int = 0, patter
     sizes, wanted = Counter(units), test_share * len(clips)
     chosen: set[str] = set()
     total = 0
-    for unit in sorted(sizes, key=lambda unit: (key64(f"{seed} {unit}"), unit)):
+    names = _without_place(sizes)
+    for unit in sorted(sizes, key=lambda unit: (key64(f"{seed} {names[unit]}"), names[unit])):
         if abs(total + sizes[unit] - wanted) < abs(total - wanted):
             chosen.add(unit)
             total += sizes[unit]
@@ -102,6 +104,14 @@ def split_by(clips: list[Clip], by: By, test_share: float, seed: int = 0, patter
         [clip for clip, unit in zip(clips, units, strict=True) if unit not in chosen],
         [clip for clip, unit in zip(clips, units, strict=True) if unit in chosen],
     )
+
+
+def _without_place(units: Iterable[str]) -> dict[str, str]:
+    """Audio files by their path from the folder that all lie in, other units as they are: the same data give the same
+    split in whatever folder they lie."""
+    files = [unit for unit in units if os.path.isabs(unit)]
+    folder = os.path.commonpath([os.path.dirname(file) for file in files]) if files else ""
+    return {unit: os.path.relpath(unit, folder) if os.path.isabs(unit) else unit for unit in units}
 
 
 def withhold_leaks(split: Split, kinds: Iterable[Kind], min_text_words: int = 4) -> Split:

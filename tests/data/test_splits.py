@@ -50,6 +50,14 @@ def test_no_unit_is_in_both_parts_and_the_share_is_kept(corpus, by):
     assert set(names(split_by(shuffled, by, 0.2, seed=1).test)) == set(names(split.test)), "the order says nothing"
 
 
+def test_a_split_does_not_follow_the_folder_that_the_data_lie_in(clip):
+    def parts(folder):
+        clips = [clip(f"c{n}", f"{folder}/{n % 40}/{n}.wav", segment_id="no pattern") for n in range(200)]
+        return names(split_by(clips, "recording", 0.3).test)
+
+    assert parts("/here") == parts("/elsewhere/deeper") == parts("/z")
+
+
 def test_shares_that_whole_units_cannot_give_are_refused(clip):
     clips = [clip(str(n), speaker="ann" if n < 90 else "bob") for n in range(100)]
     assert len(split_by(clips, "speaker", 0.1).test) == 10
