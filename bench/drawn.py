@@ -24,6 +24,8 @@ from data.order import BYTES_PER_TOKEN, deal, loads
 
 SAMPLE_RATE = 16_000
 TEXT_VOCABULARY = 150_000
+NUM_BATCHES = 4
+"""That each side takes in turn."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""How many clips fit under 40 GiB: without recomputing anything, with recomputed layers, and beside the tuned recipe.
+"""How many clips fit under 40 GiB: without recomputing anything, and with recomputed layers.
 
     python bench/memory.py [--tiny] [--json FILE]
 
-The model of bench/step.py, with everything on. The layers to recompute are those that `--checkpointing auto` chooses
-(model/memory.py). Each part is a process of its own under the cap, and one size after the other is tried until one does
-not fit: what a line shows has run, a step of forward, backward and optimizer.
+The model of bench/step.py, with everything on but CUDA graphs, whose classes share memory imperfectly. The layers to
+recompute are those that `--checkpointing auto` chooses (model/memory.py). Each part is a process of its own under the
+cap, and one size after the other is tried until one does not fit: what a line shows has run, a step of forward,
+backward and optimizer. What the peers take is in the table of bench/step.py.
 """
 
 import sys
@@ -31,8 +32,8 @@ from bin.fit import costs, room_bytes
 from model.memory import AUDIO_FRONT_BYTES, Plan, bytes_needed, parked, plan_layers
 
 CAP_GIB = 40.0
-WHOLE_SIZES, TINY_SIZES = (200, 240, 280, 320, 360, 400), (2, 4)
-RECOMPUTED_SIZES = (400, 2000, 4000)  # the last ones with inputs of layers in host memory
+WHOLE_SIZES, TINY_SIZES = (240, 248, 256, 280, 320, 360, 400), (2, 4)
+RECOMPUTED_SIZES = (400, 4000)  # 4,000: inputs of layers are in host memory
 PARITY_CLIPS, LEAST_COSINE = 32, 0.9999
 LIMIT_S = {"whole": 40.0, "recomputed": 70.0}
 WHOLE_TARGET, RECOMPUTED_TARGET = 400, 4000
@@ -49,7 +50,7 @@ def set_plan(training: Training, num_audio: int, num_text: int, parks: bool = Fa
     training.model.audio_tower.num_checkpointed = num_audio
     training.model.language_model.num_checkpointed = num_text
     training.model.audio_tower.parks_checkpoints = training.model.language_model.parks_checkpoints = parks
-    training.release()  # graphs are made anew, or not at all
+    training.release()
 
 
 def check_gradient(training: Training, shapes: Shapes, num_clips: int) -> float:
@@ -61,7 +62,6 @@ def check_gradient(training: Training, shapes: Shapes, num_clips: int) -> float:
     halves = [len(tower.layers) // 2 for tower in towers]
     for share, parks in ((0, False), (1, False), (1, True)):
         set_plan(training, halves[0] * share, halves[1] * share, parks)
-        training.model.graphs = training.graphs = None  # packs are not filled up: dropout is the same on both sides
         found.append(gradient(training, fed))
     set_plan(training, 0, 0)
     cosine = min(float(F.cosine_similarity(found[0].double(), other.double(), dim=0)) for other in found[1:])
@@ -75,7 +75,7 @@ def try_sizes(recomputes: bool, sizes: Sequence[int], tiny: bool, cap_gib: float
     device, shapes = bench_device(), Shapes.of(tiny)
     cap_memory(cap_gib, device)
     torch.manual_seed(0)
-    training = Training(build(shapes, device), cuda_graphs="off" if recomputes else "auto")
+    training = Training(build(shapes, device), cuda_graphs="off")
     print(json.dumps({"model_gib": held_gib(device)}), flush=True)
     if recomputes:
         print(json.dumps({"cosine": check_gradient(training, shapes, 4 if tiny else PARITY_CLIPS)}), flush=True)
@@ -96,8 +96,7 @@ def try_sizes(recomputes: bool, sizes: Sequence[int], tiny: bool, cap_gib: float
             torch.cuda.reset_peak_memory_stats()
         before = held_gib(device)
         try:
-            for _ in range(1 if recomputes else 2):  # the second one is a CUDA graph
-                training.step(fed)
+            training.step(fed)
             synchronize(device)
         except torch.OutOfMemoryError:
             found["out_of_memory"] = True
@@ -145,16 +144,9 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
                 "MiB a clip": None if failed or step_gib is None else step_gib * 1024 / line["clips"],
                 "audio, formula": line["audio_mib_a_clip"], "text, formula": line["text_mib_a_clip"],
             })  # fmt: skip
-    command = ["bench/peers.py", "tuned", "2" if tiny else "16", "--budget_s", "1", "--unchecked", *more]
-    lines, failure = run_side(command, LIMIT_S["whole"])
-    if failure is not None:
-        found.notes.append(f"the tuned peer ended early: {failure}")
-    for line in lines:
-        if line.get("peak_gib") is not None:
-            found.rows.append({"side": "tuned", "clips": line["clips"], "GiB": line["peak_gib"]})
     found.check("clips without recomputing", largest["whole"], WHOLE_TARGET)
     found.check("clips with recomputed layers", largest["recomputed"], RECOMPUTED_TARGET)
-    found.notes.append("formula: what layers keep and work in (model/memory.py); the tuned peer ran without a cap")
+    found.notes.append("formula: what layers keep and work in (model/memory.py); what the peers take: bench/step.py")
     return found
 
 

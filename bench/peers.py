@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
-from bench.drawn import SAMPLE_RATE, Drawn, draw
+from bench.drawn import NUM_BATCHES, SAMPLE_RATE, Drawn, draw
 from bench.limits import bench_device, free_memory, synchronize
 from bench.ours import Shapes, peak_gib
 
@@ -142,18 +143,42 @@ def mel_of(drawn: Drawn, extractor: WhisperFeatureExtractor, device: torch.devic
     return features.to(device, dtype)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A batch as a peer wants it, on the device."""
+
+    mel_BMT: Tensor
+    tokens_BL: Tensor
+    strings: list[tuple[Tensor, Tensor]]
+    owner_N: Tensor
+    """The clip of each term."""
+
+
+def prepare(drawn: Drawn, peer: Peer, shapes: Shapes, extractor: WhisperFeatureExtractor) -> Prepared:
+    device, dtype = peer.audio_head.weight.device, next(peer.tower.parameters()).dtype
+    tokens_B = torch.tensor([(len(wave) // 160 - 1) // 2 + 1 for wave in drawn.waves])
+    tokens_BL = (torch.arange(shapes.audio["max_source_positions"]) < tokens_B[:, None]).to(device)
+    owner_N = torch.repeat_interleave(torch.arange(drawn.num_clips), drawn.num_terms_B).to(device)
+    lengths = [drawn.text_lengths_B, drawn.term_lengths_N]
+    if peer.kind == "tuned":
+        lengths = [torch.cat(lengths)]
+    strings = [pad_ids(one, shapes.vocabulary, device) for one in lengths]
+    return Prepared(mel_of(drawn, extractor, device, dtype), tokens_BL, strings, owner_N)
+
+
 def measure_peer(
     peer: Peer, shapes: Shapes, num_clips: int, checkpointing: bool, budget_s: float
 ) -> dict[str, float | int | bool | str | None]:
     """Median step over as many steps as fit the budget, at most 20. Features lie on the device before the clock
     starts; log-mel is not in the peers' time."""
-    device, dtype = peer.audio_head.weight.device, next(peer.tower.parameters()).dtype
+    device = peer.audio_head.weight.device
     peer.train()
     peer.set_checkpointing(checkpointing)
     params = [param for param in peer.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=peer.kind == "tuned")
     extractor = WhisperFeatureExtractor(feature_size=shapes.audio["num_mel_bins"])
     generator = torch.Generator().manual_seed(0)
+    prepared = [prepare(draw(num_clips, generator), peer, shapes, extractor) for _ in range(NUM_BATCHES)]
     times: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -162,21 +187,13 @@ def measure_peer(
         is_late = time.perf_counter() - begun > budget_s
         if is_late and len(times) >= LEAST_STEPS:
             break
-        drawn = draw(num_clips, generator)
-        mel_BMT = mel_of(drawn, extractor, device, dtype)
-        tokens_B = torch.tensor([(len(wave) // 160 - 1) // 2 + 1 for wave in drawn.waves])
-        tokens_BL = (torch.arange(shapes.audio["max_source_positions"]) < tokens_B[:, None]).to(device)
-        owner_N = torch.repeat_interleave(torch.arange(num_clips), drawn.num_terms_B).to(device)
-        lengths = [drawn.text_lengths_B, drawn.term_lengths_N]
-        if peer.kind == "tuned":
-            lengths = [torch.cat(lengths)]
-        strings = [pad_ids(one, shapes.vocabulary, device) for one in lengths]
+        batch = prepared[step % NUM_BATCHES]
         synchronize(device)
         started = time.perf_counter()
         with peer.autocast():
-            audio_BE = peer.encode_audio(mel_BMT, tokens_BL).float()
-            rows_E = torch.cat([peer.encode_text(*one) for one in strings]).float()
-            loss = objective(audio_BE, rows_E[:num_clips], rows_E[num_clips:], owner_N)
+            audio_BE = peer.encode_audio(batch.mel_BMT, batch.tokens_BL).float()
+            rows_E = torch.cat([peer.encode_text(*one) for one in batch.strings]).float()
+            loss = objective(audio_BE, rows_E[:num_clips], rows_E[num_clips:], batch.owner_N)
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()

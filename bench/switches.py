@@ -23,6 +23,7 @@ import torch
 from bench.findings import Findings, run_alone
 from bench.limits import Limits, bench_device, free_memory, synchronize
 from bench.ours import OBJECTIVE, Shapes, Training, batches, build, without_dropout
+from bin.feed import FedBatch
 
 DEPTH, NUM_CLIPS, NUM_STEPS, NUM_BATCHES = 8, 64, 20, 4
 MOST_GAP = 0.02
@@ -61,25 +62,24 @@ class Curve:
         return max(abs(a - b) / abs(b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
-def train(shapes: Shapes, switches: Switches, num_clips: int, num_steps: int, num_batches: int = NUM_BATCHES) -> Curve:
-    """A short training from the same weights over the same batches, dropout off."""
+def train(shapes: Shapes, switches: Switches, fed: list[FedBatch], num_steps: int) -> Curve:
+    """A short training from the same weights over the batches in turn, dropout off."""
     device = bench_device()
     torch.manual_seed(0)
     lora = replace(without_dropout(), lora_fused=switches.lora_fused, lora_joint=switches.lora_joint)
     built = build(shapes, device, lora, kernels=switches.kernels, attention=switches.attention)
     objective = replace(OBJECTIVE, loss_kernels=switches.loss_kernels)
     training = Training(built, objective, switches.flat_optimizer, switches.cuda_graphs)
-    fed = batches(shapes, device, num_clips, num_batches)
     losses, times = [], []
     for i in range(num_steps):
         synchronize(device)
         started = time.perf_counter()
-        losses.append(training.step(fed[i % num_batches]))
+        losses.append(training.step(fed[i % len(fed)]))
         synchronize(device)
         times.append(time.perf_counter() - started)
-    later = sorted(times[min(num_batches + 1, num_steps - 1) :])
+    later = sorted(times[min(len(fed) + 1, num_steps - 1) :])
     curve = Curve([float(loss) for loss in losses], later[len(later) // 2] * 1e3)
-    del training, built, fed
+    del training, built
     free_memory(device)
     return curve
 
@@ -90,10 +90,11 @@ def measure(limits: Limits, tiny: bool = False) -> Findings:
     clips, steps = (3, 6) if tiny else (NUM_CLIPS, NUM_STEPS)
     found = Findings(f"loss curves of {steps} steps, {clips} clips, with every optimisation on and off")
     variants = {"all on": Switches(), "all off": ALL_OFF, **each_off()}
+    fed = batches(shapes, bench_device(), clips, NUM_BATCHES)
     curves = {}
     for name, switches in variants.items():
         started = time.perf_counter()
-        curves[name] = curve = train(shapes, switches, clips, steps)
+        curves[name] = curve = train(shapes, switches, fed, steps)
         print(f"{name}: {curve.ms:.1f} ms a step, {time.perf_counter() - started:.1f} s in all", flush=True)
     on, off = curves["all on"], curves["all off"]
     for name, curve in curves.items():

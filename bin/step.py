@@ -73,13 +73,17 @@ def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass
     num_kept: see `TwoPass`.
     """
     fed = FedBatch.of(batch)
-    num_clips, num_strings = fed.batch.num_clips, len(fed.batch.token_lengths)
+    num_clips = fed.batch.num_clips
     num_passes = -(-max(num_clips, 1) // clips_per_pass) if clips_per_pass and torch.is_grad_enabled() else 1
     window_counts: list[list[int]] = [[] for _ in range(num_passes)]
     encoders = [
         partial(_encode_part, model, fed.part(clips, strings), counts)
+        # Strings by tokens: texts come before terms, and the same number of texts takes several times the memory.
         for clips, strings, counts in zip(
-            chunk_bounds(num_clips, num_passes), chunk_bounds(num_strings, num_passes), window_counts, strict=True
+            chunk_bounds([1] * num_clips, num_passes),
+            chunk_bounds(fed.batch.token_lengths, num_passes),
+            window_counts,
+            strict=True,
         )
     ]
     two_pass = TwoPass(encoders, num_kept)

@@ -18,6 +18,7 @@ same numbers however many chunks are kept.
 Shapes: R rows of a chunk, B rows of all chunks, E embedding.
 """
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,8 +86,13 @@ class TwoPass:
         restore_rng(random_state_after)
 
 
-def chunk_bounds(num_items: int, num_chunks: int) -> list[tuple[int, int]]:
-    """(start, stop) of each chunk: as equal as can be, empty ones where there are fewer items than chunks."""
+def chunk_bounds(weights: Sequence[int], num_chunks: int) -> list[tuple[int, int]]:
+    """(start, stop) of each chunk of consecutive items: of weights as equal as can be, some chunks may be empty.
+
+    With weights of one, no chunk has more than ceil(items / chunks).
+    """
     assert num_chunks >= 1, num_chunks
-    edges = [i * num_items // num_chunks for i in range(num_chunks + 1)]
-    return list(itertools.pairwise(edges))
+    ends = list(itertools.accumulate(weights))
+    total = ends[-1] if ends else 0
+    inner = [bisect.bisect_right(ends, i * total // num_chunks) for i in range(1, num_chunks)]
+    return list(itertools.pairwise([0, *inner, len(ends)]))

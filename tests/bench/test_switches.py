@@ -1,10 +1,11 @@
 from dataclasses import fields, replace
 
 import pytest
+import torch
 
 from bench import switches
 from bench.limits import Limits
-from bench.ours import Shapes
+from bench.ours import Shapes, batches
 from bench.switches import ALL_OFF, Curve, Switches, each_off, movement, train
 from losses.settings import LossSettings
 
@@ -14,7 +15,8 @@ MOST_GAP = 2e-5
 
 def test_all_on_and_all_off_give_the_same_curve() -> None:
     shapes = Shapes.of(tiny=True)
-    on, off = (train(shapes, one, 3, 12, num_batches=2) for one in (Switches(), ALL_OFF))
+    fed = batches(shapes, torch.device("cpu"), 3, 2)
+    on, off = (train(shapes, one, fed, 12) for one in (Switches(), ALL_OFF))
     assert on.gap(off) < MOST_GAP
     assert movement(off.losses) > 50 * MOST_GAP  # it does train
     assert on.ms > 0

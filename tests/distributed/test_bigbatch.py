@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distributed.bigbatch import TwoPass, chunk_bounds
@@ -30,7 +32,7 @@ def step(num_chunks: int, num_kept: int) -> tuple[dict[str, Tensor], Tensor, int
     net = Net()
     x_B3 = torch.randn(NUM_ROWS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(2)
-    encoders = [lambda a=a, b=b: net(x_B3[a:b]) for a, b in chunk_bounds(NUM_ROWS, num_chunks)]
+    encoders = [lambda a=a, b=b: net(x_B3[a:b]) for a, b in chunk_bounds([1] * NUM_ROWS, num_chunks)]
     two_pass = TwoPass(encoders, num_kept)
     rows_BE, hidden_BE = two_pass.rows
     loss = (rows_BE @ rows_BE.T).logsumexp(1).sum() + (hidden_BE.sum(0) ** 2).sum()
@@ -71,6 +73,19 @@ def test_rows_without_a_gradient_are_left_alone() -> None:
 
 
 def test_chunks_are_as_equal_as_can_be() -> None:
-    assert chunk_bounds(7, 3) == [(0, 2), (2, 4), (4, 7)]
-    assert chunk_bounds(1, 3) == [(0, 0), (0, 0), (0, 1)]
-    assert chunk_bounds(0, 1) == [(0, 0)]
+    assert chunk_bounds([1] * 7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert chunk_bounds([1], 3) == [(0, 0), (0, 0), (0, 1)]
+    assert chunk_bounds([], 1) == [(0, 0)]
+    assert chunk_bounds([], 2) == [(0, 0), (0, 0)]
+    assert chunk_bounds([9, 9, 9, 3, 3, 3, 3, 3, 3, 9], 3) == [(0, 2), (2, 6), (6, 10)]
+    assert chunk_bounds([50, 1, 1], 2) == [(0, 0), (0, 3)], "what cannot be divided stays whole"
+
+
+@settings(deadline=None)
+@given(weights=st.lists(st.integers(1, 40), max_size=60), num_chunks=st.integers(1, 9))
+def test_no_chunk_weighs_more_than_its_share_and_one_item(weights: list[int], num_chunks: int) -> None:
+    bounds = chunk_bounds(weights, num_chunks)
+    assert len(bounds) == num_chunks
+    assert [i for start, stop in bounds for i in range(start, stop)] == list(range(len(weights)))
+    for start, stop in bounds:
+        assert sum(weights[start:stop]) <= sum(weights) / num_chunks + max(weights, default=0)

@@ -54,7 +54,7 @@ def test_gradients_are_those_of_kept_layers(device, is_frozen):
 @pytest.mark.parametrize("device", DEVICES)
 def test_towers_with_adapters_and_dropout(device, write_qwen2_audio, make_pack):
     settings = ModelSettings(model_name=str(write_qwen2_audio("v4")), tower_dropout=0.2)
-    model = build_model(settings, device).model.train()
+    model = build_model(settings, device, torch.float32).model.train()
     inject_lora(model, LoraSettings(lora_r=2, lora_dropout=0.2))
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -71,7 +71,7 @@ def test_towers_with_adapters_and_dropout(device, write_qwen2_audio, make_pack):
     assert found[0].keys() == found[2].keys()
     for other in found[1:]:
         for name, grad in other.items():
-            torch.testing.assert_close(grad, found[0][name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(grad, found[0][name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_recomputed", "parks"), [(2, False), (2, True), (4, True)])
