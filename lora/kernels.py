@@ -103,15 +103,15 @@ def grad_up(grad_PO: Tensor, low_PR: Tensor, spans: tuple[tuple[int, int, int], 
     """Parts [S, O, r] in fp32 of grad_y^T low, of each output row the columns of its own adapter. `spans`: for each
     projection (first row, end, first column of its adapter; -1 without one, whose rows are left undefined)."""
     num_rows, num_out = grad_PO.shape
-    wide = triton.next_power_of_2(low_PR.shape[1])
+    wide = max(16, triton.next_power_of_2(r))  # 16: the least that tl.dot takes
     outs, rows = (128, 64) if wide <= 64 else (64, 32)
-    num_out_blocks = triton.cdiv(num_out, outs)
-    num_parts, per_part = _divide(num_rows, rows, num_out_blocks)
-    part_SOr = low_PR.new_empty(num_parts, num_out, r, dtype=torch.float32)
     (_, end0, column0), (_, end1, column1), (_, _, column2) = spans
-    _grad_up[(num_out_blocks, num_parts)](
+    blocks0, blocks1, blocks2 = (triton.cdiv(end - first, outs) for first, end, _ in spans)
+    num_parts, per_part = _divide(num_rows, rows, blocks0 + blocks1 + blocks2)
+    part_SOr = low_PR.new_empty(num_parts, num_out, r, dtype=torch.float32)
+    _grad_up[(blocks0 + blocks1 + blocks2, num_parts)](
         *(grad_PO, low_PR, part_SOr, num_rows, num_out, per_part, grad_PO.stride(0)),
-        *(end0, end1, column0, column1, column2),
+        *(end0, end1, blocks0, blocks0 + blocks1, column0, column1, column2),
         RANK=r,
         NUM_LOW=low_PR.shape[1],
         WIDE=wide,
@@ -276,26 +276,33 @@ def _finish(
         tl.store(partial + part, total * scale, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["num_rows", "per_part"])
+@triton.jit(do_not_specialize=["num_rows", "per_part", "column0", "column1", "column2"])
 def _grad_up(
-    grad, low, partial, num_rows, num_out, per_part, stride_grad, end0, end1, column0, column1, column2,
+    grad, low, partial, num_rows, num_out, per_part, stride_grad,
+    end0, end1, block1, block2, column0, column1, column2,
     RANK: tl.constexpr, NUM_LOW: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    # A program's outputs are of one projection, so that it needs the columns of one adapter.
+    block = tl.program_id(0)
+    first = tl.where(block < block1, 0, tl.where(block < block2, end0, end1))
+    first_block = tl.where(block < block1, 0, tl.where(block < block2, block1, block2))
+    end = tl.where(block < block1, end0, tl.where(block < block2, end1, num_out))
+    column = tl.where(block < block1, column0, tl.where(block < block2, column1, column2))
+    if column < 0:
+        return
+    out = first + (block - first_block) * OUTS + tl.arange(0, OUTS)
     wide = tl.arange(0, WIDE)
     total = tl.zeros([OUTS, WIDE], tl.float32)
-    first = tl.program_id(1) * per_part
-    for start in range(first, tl.minimum(first + per_part, num_rows), ROWS):
+    first_row = tl.program_id(1) * per_part
+    for start in range(first_row, tl.minimum(first_row + per_part, num_rows), ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < num_rows)[:, None] & (out < num_out)[None, :]
+        inside = (row < num_rows)[:, None] & (out < end)[None, :]
         grad_tile = tl.load(grad + row[:, None] * stride_grad + out[None, :], mask=inside, other=0.0)
-        low_inside = (row < num_rows)[:, None] & (wide < NUM_LOW)[None, :]
-        low_tile = tl.load(low + row[:, None] * NUM_LOW + wide[None, :], mask=low_inside, other=0.0)
+        low_inside = (row < num_rows)[:, None] & (wide < RANK)[None, :]
+        low_tile = tl.load(low + row[:, None] * NUM_LOW + (column + wide)[None, :], mask=low_inside, other=0.0)
         total = tl.dot(tl.trans(grad_tile), low_tile, total)
-    column = tl.where(out < end0, column0, tl.where(out < end1, column1, column2))
-    own = wide[None, :] - column[:, None]
-    inside = ((out < num_out) & (column >= 0))[:, None] & (own >= 0) & (own < RANK)
-    part = (tl.program_id(1) * num_out + out)[:, None] * RANK + own
+    inside = (out < end)[:, None] & (wide < RANK)[None, :]
+    part = (tl.program_id(1) * num_out + out)[:, None] * RANK + wide[None, :]
     tl.store(partial + part, total, mask=inside)
 
 
