@@ -3,7 +3,8 @@
     python bench/all.py [--parts step lora ...] [--out DIR] [--tiny]
 
 Each part is the `measure` of a module of bench/ and runs in a process of its own, with a time limit, one after the
-other: a part that fails or hangs is reported, and the others go on. The device's limits are measured once, before them.
+other: a part that fails or hangs is reported, and the others go on. The processes are forked from one that has imported
+everything and has not touched the device. The device's limits are measured once, before them.
 With --parts the other parts of an earlier report of this device and torch stay; each part says when it was measured.
 Writes DIR/<device>.json and, where matplotlib is installed, DIR/<device>.png (DIR: bench/results). Exit code 1 when a
 part failed; targets that are missed are printed, and no failure.
@@ -17,12 +18,13 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
 import argparse
+import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,50 +41,53 @@ from retrieval.evaluate import plain_table
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds that a part may take. What matters most comes first: all of them together end before the whole's limit.
 PARTS = {
-    "step": 190.0, "memory": 110.0, "bigbatch": 120.0, "fp8": 90.0, "lora": 45.0, "loss": 50.0, "bank": 40.0,
-    "tower": 60.0, "switches": 80.0,
+    "step": 200.0, "bigbatch": 100.0, "fp8": 90.0, "loss": 50.0, "bank": 40.0, "lora": 50.0, "tower": 70.0,
+    "memory": 110.0, "switches": 80.0, "scaling": 200.0,
 }  # fmt: skip
-if torch.cuda.device_count() > 1:
-    PARTS["scaling"] = 200.0
+PARTS_OF_SEVERAL_GPUS = ("scaling",)
 WHOLE_S = 535.0
 LIMITS_S = 60.0
 
 
 def run_part(name: str, tiny: bool, limits: Limits | None, limit_s: float) -> dict[str, Any]:
-    """What the part's process wrote, with the seconds it took; `error` when it failed."""
+    """What the part found, with the seconds it took; `error` when it failed."""
     started = time.perf_counter()
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([f"bench.{part}" for part in PARTS])
     with tempfile.TemporaryDirectory() as folder:
-        out, given = Path(folder) / "out.json", Path(folder) / "limits.json"
-        given.write_text(json.dumps(None if limits is None else limits.to_json()))
-        command = [sys.executable, "bench/all.py", "--child", name, str(given), str(out), *["--tiny"] * tiny]
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        try:
-            printed, _ = process.communicate(timeout=limit_s)
-            failure = f"exit code {process.returncode}" if process.returncode else None
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the part may have started processes itself, which hold the GPU
-            printed, _ = process.communicate()
+        out, printed = Path(folder) / "out.json", Path(folder) / "printed.txt"
+        printed.touch()
+        process = processes.Process(target=part_process, args=(name, tiny, limits, out, printed), daemon=True)
+        process.start()
+        assert process.pid is not None
+        process.join(limit_s)
+        failure = f"exit code {process.exitcode}" if process.exitcode else None
+        if process.exitcode is None:
             failure = f"stopped after {limit_s:.0f} s"
+            with contextlib.suppress(ProcessLookupError):  # it had not come as far as to have a group of its own
+                os.killpg(process.pid, signal.SIGKILL)  # what the part has started holds the GPU as well
+            process.kill()
+            process.join()
         found: dict[str, Any] = {"seconds": time.perf_counter() - started}
         if failure is None and out.exists():
             return found | json.loads(out.read_text())
-        lines = printed.strip().splitlines()
+        lines = printed.read_text(errors="replace").strip().splitlines()
         print("\n".join(lines[-40:]), flush=True)
         return found | {"error": f"{failure or 'wrote nothing'}: {lines[-1] if lines else 'nothing was printed'}"}
 
 
-def child(name: str, given: Path, out: Path, tiny: bool) -> int:
-    """The process of one part; `limits` is one as well."""
-    if name == "limits":
+def part_process(name: str, tiny: bool, limits: Limits | None, out: Path, printed: Path) -> None:
+    """The process of one part; `limits` is one as well. What it prints goes to a file."""
+    os.setsid()
+    with printed.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if limits is None:
         found = {key: value for key, value in environment(str(bench_device())).items() if key != "argv"}
+        found["num_gpus"] = torch.cuda.device_count()
         out.write_text(json.dumps({**measure_limits(tiny).to_json(), "environment": found}))
-        return 0
-    limits = Limits(**json.loads(given.read_text()))
-    found = importlib.import_module(f"bench.{name}").measure(limits, tiny)
-    out.write_text(json.dumps(found.to_json()))
-    return 0
+        return
+    out.write_text(json.dumps(importlib.import_module(f"bench.{name}").measure(limits, tiny).to_json()))
 
 
 def earlier_parts(path: Path, limits: Limits, measured_now: Sequence[str]) -> dict[str, Any]:
@@ -146,11 +151,8 @@ def draw(report: dict[str, Any], path: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["--child"]:
-        return child(argv[1], Path(argv[2]), Path(argv[3]), "--tiny" in argv)
     parser = argparse.ArgumentParser(description="All benchmarks of speed and memory on this device.")
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), help="default: all that the GPUs here allow")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--tiny", action="store_true", help="small shapes: does everything run at all")
     args = parser.parse_args(argv)
@@ -164,8 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"limits": limits.to_json(), "environment": measured["environment"], "parts": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     name_of_device = re.sub(r"[^A-Za-z0-9]+", "-", limits.device).strip("-")
-    report["parts"] = earlier_parts(args.out / f"{name_of_device}.json", limits, args.parts)
-    for name in args.parts:
+    wanted = args.parts or [p for p in PARTS if p not in PARTS_OF_SEVERAL_GPUS or report["environment"]["num_gpus"] > 1]
+    report["parts"] = earlier_parts(args.out / f"{name_of_device}.json", limits, wanted)
+    for name in wanted:
         left_s = WHOLE_S - (time.perf_counter() - started)
         part: dict[str, Any] = {"error": "no time was left"}
         if left_s > 5:

@@ -3,9 +3,9 @@
     python bench/memory.py [--tiny] [--json FILE]
 
 The model of bench/step.py, with everything on but CUDA graphs, whose classes share memory imperfectly. The layers to
-recompute are those that `--checkpointing auto` chooses (model/memory.py). Each part is a process of its own under the
-cap, and one size after the other is tried until one does not fit: what a line shows has run, a step of forward,
-backward and optimizer. What the peers take is in the table of bench/step.py.
+recompute are those that `--checkpointing auto` chooses (model/memory.py). One size after the other is tried until one
+does not fit: what a line shows has run, a step of forward, backward and optimizer. What the peers take is in the table
+of bench/step.py.
 """
 
 import sys
@@ -15,9 +15,9 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
-import argparse
-import json
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,15 +27,13 @@ from torch import Tensor
 from bench.findings import Findings, run_alone
 from bench.limits import Limits, bench_device, synchronize
 from bench.ours import Shapes, Training, batches, build, cap_memory, count_tokens, peak_gib
-from bench.step import run_side
 from bin.fit import costs, room_bytes
-from model.memory import AUDIO_FRONT_BYTES, Plan, bytes_needed, parked, plan_layers
+from model.memory import Plan, bytes_needed, parked, plan_layers
 
 CAP_GIB = 40.0
 WHOLE_SIZES, TINY_SIZES = (240, 248, 256, 280, 320, 360, 400), (2, 4)
 RECOMPUTED_SIZES = (400, 4000)  # 4,000: inputs of layers are in host memory
 PARITY_CLIPS, LEAST_COSINE = 32, 0.9999
-LIMIT_S = {"whole": 40.0, "recomputed": 70.0}
 WHOLE_TARGET, RECOMPUTED_TARGET = 400, 4000
 
 
@@ -70,48 +68,61 @@ def check_gradient(training: Training, shapes: Shapes, num_clips: int) -> float:
     return cosine
 
 
-def try_sizes(recomputes: bool, sizes: Sequence[int], tiny: bool, cap_gib: float) -> None:
-    """One JSON line a size, up to the first that does not fit."""
-    device, shapes = bench_device(), Shapes.of(tiny)
-    cap_memory(cap_gib, device)
-    torch.manual_seed(0)
-    training = Training(build(shapes, device), cuda_graphs="off")
-    print(json.dumps({"model_gib": held_gib(device)}), flush=True)
-    if recomputes:
-        print(json.dumps({"cosine": check_gradient(training, shapes, 4 if tiny else PARITY_CLIPS)}), flush=True)
+@dataclass
+class Tried:
+    """A size, the layers that were recomputed for it, and what a step took."""
+
+    clips: int
+    plan: Plan
+    fits: bool
+    peak_gib: float | None
+    step_gib: float | None
+    """Of the peak, what was not there before the step."""
+    formula_gib: float
+    audio_mib: float
+    """A clip, by the formula."""
+    text_mib: float
+    seconds: float
+    """With drawing the clips, planning, and making ready what the first step of a size needs."""
+
+
+def try_sizes(training: Training, shapes: Shapes, recomputes: bool, sizes: Sequence[int]) -> list[Tried]:
+    """A step of each size, up to the first that does not fit."""
+    device, tried = training.device, []
     for num_clips in sizes:
-        found: dict[str, Any] = {"clips": num_clips}
+        started = time.perf_counter()
         fed = batches(shapes, device, num_clips, 1)[0]
         audio_tokens, text_tokens = count_tokens(fed)
         audio, text = costs(training.model)
         plan = Plan(0, 0, 0, True)
         if recomputes:
-            room = room_bytes(cap_gib, training.model)
+            room = room_bytes(CAP_GIB, training.model)
             assert room is not None
             plan = plan_layers(audio, text, audio_tokens, text_tokens, room, may_park=True)
-            set_plan(training, plan.num_audio, plan.num_text, plan.parks)
-            if plan.parks:
-                audio, text = parked(audio), parked(text)
+        set_plan(training, plan.num_audio, plan.num_text, plan.parks)
+        if plan.parks:
+            audio, text = parked(audio), parked(text)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        before = held_gib(device)
+        before, fits = held_gib(device), True
         try:
             training.step(fed)
             synchronize(device)
         except torch.OutOfMemoryError:
-            found["out_of_memory"] = True
-        parts = {
-            "audio": audio.bytes_of(plan.num_audio, audio_tokens), "text": text.bytes_of(plan.num_text, text_tokens),
-            "front": AUDIO_FRONT_BYTES * audio_tokens,
-        }  # fmt: skip
-        needed = bytes_needed(audio, text, audio_tokens, text_tokens, plan.num_audio, plan.num_text)
-        found |= {"num_audio": plan.num_audio, "num_text": plan.num_text, "parks": plan.parks,
-                  "peak_gib": peak_gib(device), "before_gib": before, "formula_gib": needed / 2**30,
-                  **{f"{name}_mib_a_clip": count / num_clips / 2**20 for name, count in parts.items()}}  # fmt: skip
-        print(json.dumps(found), flush=True)
-        if "out_of_memory" in found:
-            break
+            fits = False
+        peak = peak_gib(device) if fits else None
+        tried.append(Tried(
+            num_clips, plan, fits, peak, None if peak is None else peak - before,
+            bytes_needed(audio, text, audio_tokens, text_tokens, plan.num_audio, plan.num_text) / 2**30,
+            audio.bytes_of(plan.num_audio, audio_tokens) / num_clips / 2**20,
+            text.bytes_of(plan.num_text, text_tokens) / num_clips / 2**20,
+            time.perf_counter() - started,
+        ))  # fmt: skip
+        print(tried[-1], flush=True)  # should it be stopped, this much is known
         training.release()
+        if not fits:
+            break
+    return tried
 
 
 def held_gib(device: torch.device) -> float:
@@ -120,49 +131,38 @@ def held_gib(device: torch.device) -> float:
 
 def measure(limits: Limits, tiny: bool = False) -> Findings:
     """Clips that fit in one pass under a cap."""
+    device, shapes = bench_device(), Shapes.of(tiny)
+    cap_memory(CAP_GIB, device)
+    torch.manual_seed(0)
+    training = Training(build(shapes, device), cuda_graphs="off")
     found = Findings(f"clips in one pass under {CAP_GIB:.0f} GiB, one GPU")
-    more = ["--tiny"] if tiny else []
-    largest: dict[str, int | None] = {}
-    for name, kind in (("nothing recomputed", "whole"), ("layers recomputed", "recomputed")):
-        lines, failure = run_side(["bench/memory.py", "--side", kind, *more], LIMIT_S[kind])
-        if failure is not None:
-            found.notes.append(f"{name}: ended early: {failure}")
-        fitting = [line["clips"] for line in lines if "clips" in line and "out_of_memory" not in line]
-        largest[kind] = max(fitting, default=None)
-        for line in lines:
-            if "cosine" in line:
-                found.check("gradient with recomputed layers, cosine", line["cosine"], LEAST_COSINE)
-            if "clips" not in line:
-                continue
-            step_gib = None if line["peak_gib"] is None else line["peak_gib"] - line["before_gib"]
-            failed = "out_of_memory" in line
-            side = f"ours, {name}" + (", inputs on the host" if line["parks"] else "")
-            found.rows.append({
-                "side": side, "clips": line["clips"], "audio layers": line["num_audio"],
-                "text layers": line["num_text"], "GiB": "out of memory" if failed else line["peak_gib"],
-                "of a step": None if failed else step_gib, "formula": line["formula_gib"],
-                "MiB a clip": None if failed or step_gib is None else step_gib * 1024 / line["clips"],
-                "audio, formula": line["audio_mib_a_clip"], "text, formula": line["text_mib_a_clip"],
-            })  # fmt: skip
-    found.check("clips without recomputing", largest["whole"], WHOLE_TARGET)
-    found.check("clips with recomputed layers", largest["recomputed"], RECOMPUTED_TARGET)
-    found.notes.append("formula: what layers keep and work in (model/memory.py); what the peers take: bench/step.py")
+    whole = try_sizes(training, shapes, False, TINY_SIZES if tiny else WHOLE_SIZES)
+    cosine = check_gradient(training, shapes, 4 if tiny else PARITY_CLIPS)
+    recomputed = try_sizes(training, shapes, True, TINY_SIZES if tiny else RECOMPUTED_SIZES)
+    report(found, whole, recomputed, cosine)
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--side", choices=("whole", "recomputed"), help="internal: be the process of this part")
-    parser.add_argument("--cap_gib", type=float, default=CAP_GIB)
-    args, rest = parser.parse_known_args(argv)
-    if args.side is not None:
-        tiny, recomputes = "--tiny" in rest, args.side == "recomputed"
-        try_sizes(
-            recomputes, TINY_SIZES if tiny else RECOMPUTED_SIZES if recomputes else WHOLE_SIZES, tiny, args.cap_gib
-        )
-        return 0
-    return run_alone(measure, rest)
+def report(found: Findings, whole: list[Tried], recomputed: list[Tried], cosine: float) -> None:
+    """Rows and checks of what was tried."""
+    found.check("gradient with recomputed layers, cosine", cosine, LEAST_COSINE)
+    for name, tried in (("nothing recomputed", whole), ("layers recomputed", recomputed)):
+        for one in tried:
+            a_clip = None if one.step_gib is None else one.step_gib * 1024 / one.clips
+            found.rows.append({
+                "": name + (", inputs on the host" if one.plan.parks else ""), "clips": one.clips,
+                "audio layers": one.plan.num_audio, "text layers": one.plan.num_text,
+                "GiB": one.peak_gib if one.fits else "out of memory", "of a step": one.step_gib,
+                "formula": one.formula_gib, "MiB a clip": a_clip,
+                "audio, formula": one.audio_mib, "text, formula": one.text_mib, "s in all": one.seconds,
+            })  # fmt: skip
+    for name, tried, target in (
+        ("clips without recomputing", whole, WHOLE_TARGET),
+        ("clips with recomputed layers", recomputed, RECOMPUTED_TARGET),
+    ):
+        found.check(name, max((one.clips for one in tried if one.fits), default=None), target)
+    found.notes.append("formula: what layers keep and work in (model/memory.py); what the peers take: bench/step.py")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_alone(measure))

@@ -45,8 +45,10 @@ def _compare(kind: Literal["stock", "tuned"], device: torch.device, dtype: torch
 
     torch.manual_seed(0)
     shapes = Shapes.of(tiny=True)
-    built = build(shapes, device, without_dropout(), base_dtype="bf16" if dtype == torch.bfloat16 else "fp32")
-    if dtype == torch.float32:
+    if dtype == torch.bfloat16:
+        built = build(shapes, device, without_dropout(), base_dtype="bf16")
+    else:  # in torch alone: kernels that nobody trains with would be compiled for this
+        built = build(shapes, device, without_dropout(), base_dtype="fp32", kernels="torch", attention="sdpa")
         built.model.compute_dtype = torch.float32
     wake_adapters(built.model)
     peer = Peer(kind, shapes, device, dtype, dropout=0.0)

@@ -107,8 +107,11 @@ def measure_sides(
     more = ["--tiny"] if tiny else []
     started = time.perf_counter()
 
+    ends: list[str] = []
+
     def tell(side: str) -> None:
-        print(f"{side} done after {time.perf_counter() - started:.0f} s", flush=True)
+        ends.append(f"{side} done after {time.perf_counter() - started:.0f} s")
+        print(ends[-1], flush=True)
 
     command = ["bench/step.py", "--side", str(time.time()), "--clips", *map(str, sizes), "--cuda_graphs", cuda_graphs]
     lines, failure = run_side([*command, *more], OURS_LIMIT_S if with_peers else WHOLE_S)
@@ -139,6 +142,7 @@ def measure_sides(
         f"built after {number(facts.get('built_after_s', math.nan))} s; CUDA graphs of {captures} size classes "
         f"captured in {seconds:.1f} s, before the timed steps"
     )
+    found.notes.append(", ".join(ends))
     return found
 
 

@@ -1,22 +1,36 @@
-import json
-
 import pytest
 import torch
 
 from bench import memory
+from bench.findings import Findings
 from bench.limits import Limits
-from bench.memory import check_gradient, main, measure, set_plan
+from bench.memory import TINY_SIZES, Tried, check_gradient, measure, report, set_plan, try_sizes
 from bench.ours import Shapes, Training, batches, build
+from model.memory import Plan
 
 CPU = torch.device("cpu")
 
 
-def test_a_side_prints_a_line_a_size(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--side", "recomputed", "--tiny"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [next(iter(line)) for line in lines] == ["model_gib", "cosine", "clips", "clips"]
-    assert lines[1]["cosine"] > 0.99999
-    assert lines[2]["formula_gib"] > 0
+def test_a_whole_measurement() -> None:
+    found = measure(Limits("some chip", "2", 1e12, 1e11), tiny=True)
+    assert [row["clips"] for row in found.rows] == [*TINY_SIZES, *TINY_SIZES]
+    assert all(row["formula"] > 0 for row in found.rows)
+    assert found.checks[0].value > 0.99999
+
+
+def test_sizes_end_with_the_first_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = Shapes.of(tiny=True)
+    training = Training(build(shapes, CPU))
+    real = training.step
+
+    def step(fed: object) -> torch.Tensor:
+        if fed.batch.num_clips > 2:
+            raise torch.OutOfMemoryError("too large")
+        return real(fed)
+
+    monkeypatch.setattr(training, "step", step)
+    tried = try_sizes(training, shapes, False, (1, 2, 3, 4))
+    assert [(one.clips, one.fits) for one in tried] == [(1, True), (2, True), (3, False)]
 
 
 def test_a_gradient_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,15 +52,13 @@ def test_a_plan_is_set() -> None:
     assert (training.model.audio_tower.num_checkpointed, training.model.language_model.num_checkpointed) == (2, 1)
 
 
-def test_parts_become_rows_and_the_largest_that_fits_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = {"num_audio": 0, "parks": False, "num_text": 0, "peak_gib": 30.0, "before_gib": 15.0, "formula_gib": 14.0,
-            "audio_mib_a_clip": 60.0, "text_mib_a_clip": 30.0}  # fmt: skip
-    sides = {
-        "whole": [line | {"clips": 240}, line | {"clips": 280, "out_of_memory": True}],
-        "recomputed": [{"cosine": 1.0}, line | {"clips": 4000, "num_audio": 32}],
-    }
-    monkeypatch.setattr(memory, "run_side", lambda command, _: (sides.get(command[2], []), None))
-    found = measure(Limits("some chip", "2", 1e12, 1e11), tiny=True)
+def test_the_largest_that_fits_is_checked() -> None:
+    def tried(clips: int, fits: bool, num_audio: int) -> Tried:
+        plan = Plan(num_audio, 0, 0, fits)
+        return Tried(clips, plan, fits, 30.0 if fits else None, 15.0 if fits else None, 14.0, 60.0, 30.0, 1.0)
+
+    found = Findings("memory")
+    report(found, [tried(240, True, 0), tried(280, False, 0)], [tried(4000, True, 32)], 1.0)
     checks = {check.name: (check.value, check.is_met) for check in found.checks}
     assert checks["clips without recomputing"] == (240, False)
     assert checks["clips with recomputed layers"] == (4000, True)
