@@ -97,6 +97,8 @@ def _encode_part(model: DualEncoder, part: FedPart, window_counts: list[int]) ->
     """Rows of clips, of strings and, with the maxsim read-out, of windows, whose counts go into `window_counts`."""
     none_0E = torch.zeros(0, model.audio_head.out_features, dtype=model.audio_head.weight.dtype, device=model.device)
     audio_BE, window_WE = none_0E, none_0E
+    if model.graphs is not None:
+        model.graphs.prepare(part.audio, part.text)
     if part.audio is not None:
         if model.windows is None:
             audio_BE = model.encode_audio(part.audio)

@@ -5,10 +5,10 @@
     eager:     own rows cut out -> gathered -> loss -> their gradient
     replayed:  dummies' gradient zero -> tower, backwards -> added to `.grad`     backward graph of the class
 
-Each class is captured when it first comes up, after one eager pass with the same inputs that lets libraries and kernels
-make themselves ready. All classes of a side share one memory pool: what a forward graph leaves there is only good
-until the next one runs. Dropout draws from torch's generator, which hands each replay the numbers that an eager pass
-would have drawn; the preparations draw none. (Reference: PyTorch's notes on CUDA graphs.)
+Each class is captured when it first comes up (`prepare`), after one eager pass with the same inputs that lets
+libraries and kernels make themselves ready. All classes of a side share one memory pool: what a forward graph leaves
+there is only good until the next one runs. Dropout draws from torch's generator, which hands each replay the numbers
+that an eager pass would have drawn; the preparations draw none. (Reference: PyTorch's notes on CUDA graphs.)
 
 Weights are read where they lie and gradients added where they lie, so neither may move: see distributed/flat.py.
 
@@ -22,7 +22,8 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,16 @@ def add_graphs(model: DualEncoder, wanted: str, keeps_gradients: bool) -> "Tower
         return None
     model.graphs = TowerGraphs(model)
     return model.graphs
+
+
+class _Inputs(NamedTuple):
+    """What a pass runs on, filled up to its class; tables and mel or ids are on the device."""
+
+    size: SizeClass
+    tables: Tables
+    payload: Tensor
+    lengths: Sequence[int]
+    """In tokens, of the pack's own sequences."""
 
 
 @dataclass(eq=False)
@@ -148,27 +159,57 @@ class TowerGraphs:
         """Dummy tokens so far, as a share of own ones."""
         return self._num_dummies / max(1, self._num_tokens)
 
+    def prepare(self, audio: AudioPack | None, text: TextPack | None) -> None:
+        """Capture what is not yet captured of the classes of two packs that are about to be encoded with gradient.
+
+        Before either is encoded: should memory not do, no graph is in use whose memory the eager passes would miss.
+        """
+        if not (self._captures and self._is_started and torch.is_grad_enabled()):
+            return
+        new: list[tuple[_Side, Callable[[], _Inputs]]] = []
+        if audio is not None and self._audio_size(audio)[0] not in self._audio.captures:
+            new.append((self._audio, partial(self._audio_inputs, audio)))
+        if text is not None and self._text_size(text)[0] not in self._text.captures:
+            new.append((self._text, partial(self._text_inputs, text)))
+        for side, make_inputs in new:
+            if self._captures and not side.is_busy():
+                with torch.random.fork_rng([self._model.device] if self._model.device.type == "cuda" else []):
+                    inputs = make_inputs()  # which may draw (SpecAugment)
+                self._capture(side, inputs)
+
     def encode_audio(self, pack: AudioPack) -> Tensor:
         """As DualEncoder.encode_audio."""
-        model, config = self._model, self._model.audio_tower.config
-        frames = frames_of(pack.num_samples, config.max_frames)
-        num_tokens = [tokens_of(count) for count in frames]
-        size = SizeClass.of(num_tokens, SHORTEST_AUDIO, config.max_positions, config.pool)
-        tables = AudioLayout.tables(pack.num_samples, config.pool, config.max_frames, size).to(model.device)
-        with torch.no_grad():
-            mel_TM = model.mel(pack.to(model.device, non_blocking=True), self._audio_layout(size, tables, num_tokens))
-        return self._encode(self._audio, size, tables, mel_TM, num_tokens)
+        return self._encode(self._audio, self._audio_inputs(pack))
 
     def encode_text(self, pack: TextPack) -> Tensor:
         """As DualEncoder.encode_text."""
-        model, limit = self._model, self._model.language_model.config.max_positions
+        return self._encode(self._text, self._text_inputs(pack))
+
+    def _audio_size(self, pack: AudioPack) -> tuple[SizeClass, list[int]]:
+        config = self._model.audio_tower.config
+        num_tokens = [tokens_of(count) for count in frames_of(pack.num_samples, config.max_frames)]
+        return SizeClass.of(num_tokens, SHORTEST_AUDIO, config.max_positions, config.pool), num_tokens
+
+    def _audio_inputs(self, pack: AudioPack) -> _Inputs:
+        model, config = self._model, self._model.audio_tower.config
+        size, num_tokens = self._audio_size(pack)
+        tables = AudioLayout.tables(pack.num_samples, config.pool, config.max_frames, size).to(model.device)
+        with torch.no_grad():
+            mel_TM = model.mel(pack.to(model.device, non_blocking=True), self._audio_layout(size, tables, num_tokens))
+        return _Inputs(size, tables, mel_TM, num_tokens)
+
+    def _text_size(self, pack: TextPack) -> tuple[SizeClass, list[int]]:
+        limit = self._model.language_model.config.max_positions
         if pack.lengths and max(pack.lengths) > limit:
             raise ValueError(f"lengths: the longest is {max(pack.lengths)} tokens, the text tower takes {limit}")
-        size = SizeClass.of(pack.lengths, SHORTEST_TEXT, limit)
-        tables = SequenceLayout.tables(pack.lengths, size).to(model.device)
+        return SizeClass.of(pack.lengths, SHORTEST_TEXT, limit), pack.lengths
+
+    def _text_inputs(self, pack: TextPack) -> _Inputs:
+        model = self._model
+        size, lengths = self._text_size(pack)
+        tables = SequenceLayout.tables(lengths, size).to(model.device)
         ids_P = pack.to(model.device, non_blocking=True).ids_P
-        ids_P = nn.functional.pad(ids_P, (0, size.num_tokens - len(ids_P)))
-        return self._encode(self._text, size, tables, ids_P, pack.lengths)
+        return _Inputs(size, tables, nn.functional.pad(ids_P, (0, size.num_tokens - len(ids_P))), lengths)
 
     def _audio_layout(self, size: SizeClass, tables: Tables, lengths: Sequence[int]) -> AudioLayout:
         config = self._model.audio_tower.config
@@ -181,24 +222,24 @@ class TowerGraphs:
         filled = size.filled(lengths)
         return self._model.embed_ids(TextPack(ids_P, filled), SequenceLayout.of(tables, filled, size))
 
-    def _encode(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _encode(self, side: _Side, inputs: _Inputs) -> Tensor:
+        size, tables, payload, lengths = inputs
         self._num_tokens += sum(lengths)
         self._num_dummies += size.num_tokens - sum(lengths)
-        capture, learns = side.captures.get(size), torch.is_grad_enabled()
-        if capture is None and learns and self._captures and self._is_started and not side.is_busy():
-            capture = self._try_capture(side, size, tables, payload)
+        capture = side.captures.get(size)
         if capture is None or side.is_busy():
             return side.run(size, tables, payload, lengths)[: len(lengths)]
-        if not learns:  # the first of two passes: what it leaves in the memory pool is for nobody
+        if not torch.is_grad_enabled():  # the first of two passes: what it leaves in the memory pool is for nobody
             return capture.replay_forward(tables.flat, payload, len(lengths))
         return _Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
 
-    def _try_capture(self, side: _Side, size: SizeClass, tables: Tables, payload: Tensor) -> "_Capture | None":
+    def _capture(self, side: _Side, inputs: _Inputs) -> None:
         if len(self._audio.captures) + len(self._text.captures) >= self._most:
             if not self._has_told:
                 logger.warning("%d size classes are CUDA graphs; further ones run eagerly", self._most)
                 self._has_told = True
-            return None
+            return
+        size = inputs.size
         began, device = time.perf_counter(), self._model.device
         assert self._stream is not None
         side.make_room(size, device)
@@ -207,22 +248,23 @@ class TowerGraphs:
         before = torch.cuda.memory_reserved(device)
         if side.pool is None:
             side.pool = _new_pool()
+        failure = None
         try:
-            side.captures[size] = capture = _Capture(side, size, tables, payload, self._params, self._stream)
+            side.captures[size] = _Capture(side, size, inputs.tables, inputs.payload, self._params, self._stream)
         except torch.OutOfMemoryError as error:
-            self.give_up(f"{type(error).__name__}: {error}")
-            return None
+            failure = f"{type(error).__name__}: {error}"
         except RuntimeError as error:  # something that cannot be recorded
             _mend_broken_capture(device)
-            self.give_up(f"{type(error).__name__}: {error}")
-            return None
+            failure = f"{type(error).__name__}: {error}"
+        if failure is not None:  # here, where no exception holds the frames and their tensors any more
+            self.give_up(failure)
+            return
         torch.cuda.empty_cache()
         side.num_bytes += max(0, torch.cuda.memory_reserved(device) - before)
         self._num_captures += 1
         seconds = time.perf_counter() - began
         self._capture_s += seconds
         logger.debug("captured %s %s in %.2f s: %d so far", side.name, size, seconds, self.num_captures)
-        return capture
 
     def give_up(self, reason: str) -> None:
         """Train eagerly from now on: slower, and the same numbers. Rank by rank: nothing in a graph is a collective."""
@@ -232,7 +274,7 @@ class TowerGraphs:
             if not side.is_busy():  # else its graphs are needed once more, and then let go with their history
                 side.pool, side.num_bytes = None, 0
             side.captures.clear()
-        gc.collect()
+        gc.collect()  # when memory runs short, the allocator gives back what it has kept for the captures
 
 
 _pools: "weakref.WeakSet[Any]" = weakref.WeakSet()  # those of this process
