@@ -74,11 +74,14 @@ class Findings:
 
 
 def number(value: float) -> str:
-    """Three or four digits that matter, never an exponent for what a person would write out."""
+    """Three or four digits that matter, never an exponent for what a person would write out. Close below one, such as a
+    cosine, two digits of the distance."""
     if value != value or abs(value) == math.inf:
         return str(value)
     if value and not 1e-3 <= abs(value) < 1e7:
         return f"{value:.3g}"
+    if 0.99 <= abs(value) < 1:
+        return f"{value:.{min(7, 1 - math.floor(math.log10(1 - abs(value))))}f}"
     digits = 0 if abs(value) >= 1000 else max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{min(digits, 4)}f}" if digits else f"{value:,.0f}"
 

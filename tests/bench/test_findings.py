@@ -39,7 +39,8 @@ def test_json_and_back() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (12345.6, "12,346"), (56.78, "56.8"), (0.5, "0.500"), (3e-5, "3e-05"), (2e9, "2e+09")],
+    [(0.0, "0"), (12345.6, "12,346"), (56.78, "56.8"), (0.5, "0.500"), (3e-5, "3e-05"), (2e9, "2e+09"),
+     (0.99940, "0.99940"), (1 - 1e-15, "1.0000000"), (0.95, "0.950")],  # fmt: skip
 )
 def test_numbers_are_written_for_people(value: float, text: str) -> None:
     assert number(value) == text
