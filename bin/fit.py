@@ -38,28 +38,30 @@ class Fitted:
 
     clips_per_pass: int
     plan: Plan | None
+    cuda_graphs: str
+    """As the setting, but off where the step fits and its graphs would not."""
 
 
-def fit_memory(config: Config, model: DualEncoder, batches: Iterable[Batch]) -> int:
-    """Set the layers that each tower recomputes where `checkpointing` is auto, and return the clips of a pass.
+def fit_memory(config: Config, model: DualEncoder, batches: Iterable[Batch]) -> Fitted:
+    """Set the layers that each tower recomputes where `checkpointing` is auto; clips of a pass and graphs are told.
 
     batches: this rank's, of which a few are read if there is something to choose. Nothing is chosen on a CPU without a
     `memory_cap_gib`. Ranks may choose differently. Raises ValueError where nothing fits.
     """
     wants_layers, clips_per_pass = config.model.checkpointing == "auto", config.train.clips_per_pass
     if not wants_layers and clips_per_pass != "auto":
-        return int(clips_per_pass)
+        return Fitted(int(clips_per_pass), None, config.model.cuda_graphs)
     room = room_bytes(config.model.memory_cap_gib, model)
     if room is None:
         logger.info("memory: unlimited on %s (memory_cap_gib 0), so nothing is recomputed", model.device.type)
-        return 0 if clips_per_pass == "auto" else clips_per_pass
+        return Fitted(0 if clips_per_pass == "auto" else clips_per_pass, None, config.model.cuda_graphs)
     looked_at = list(itertools.islice(batches, NUM_LOOKED_AT))
     fitted = choose(config, model, looked_at, room)
     if fitted.plan is not None:
         model.audio_tower.num_checkpointed = fitted.plan.num_audio
         model.language_model.num_checkpointed = fitted.plan.num_text
         model.audio_tower.parks_checkpoints = model.language_model.parks_checkpoints = fitted.plan.parks
-    return fitted.clips_per_pass
+    return fitted
 
 
 def room_bytes(cap_gib: float, model: DualEncoder) -> float | None:
@@ -108,12 +110,15 @@ def choose(config: Config, model: DualEncoder, batches: list[Batch], room: float
     audio, text = costs(model)
     counts = [count_tokens(model, batch) for batch in batches]
     audio_tokens, text_tokens = (int(SPREAD * max(column)) for column in zip(*counts, strict=True))
-    plan, gib, spread = None, room / 2**30, graphs_spread(config, model)
+    gib, spread, cuda_graphs = room / 2**30, graphs_spread(config, model), config.model.cuda_graphs
     if config.model.checkpointing == "auto":
         may_park = model.device.type == "cuda" and config.train.clips_per_pass != "auto"  # passes are faster
         plan = plan_layers(audio, text, audio_tokens, text_tokens, room, may_park)
-        if not plan.num_audio and not plan.num_text and plan.bytes_needed * spread > room:
-            plan = plan_layers(audio, text, audio_tokens, text_tokens, room / spread, may_park)
+        if not plan.num_audio and not plan.num_text and plan.bytes_needed * spread > room and cuda_graphs == "auto":
+            # Recomputing would turn them off as well, and be slower; large batches hardly need them.
+            most_gib = plan.bytes_needed * spread / 2**30
+            logger.info("memory: no CUDA graphs, with which a step would take up to %.1f GiB", most_gib)
+            cuda_graphs = "off"
         if plan.fits or config.train.clips_per_pass != "auto":
             logger.info(
                 "memory: %d of %d audio and %d of %d text layers are recomputed%s; a step takes %.1f of %.1f GiB",
@@ -122,12 +127,13 @@ def choose(config: Config, model: DualEncoder, batches: list[Batch], room: float
             )  # fmt: skip
             if not plan.fits:
                 logger.warning("memory: even so a step may not fit; lower batch_size, or use --clips_per_pass auto")
-            return Fitted(0 if config.train.clips_per_pass == "auto" else int(config.train.clips_per_pass), plan)
+            clips_per_pass = 0 if config.train.clips_per_pass == "auto" else int(config.train.clips_per_pass)
+            return Fitted(clips_per_pass, plan, cuda_graphs)
     num_clips = max(batch.num_clips for batch in batches)
     fitting = clips_in(audio, text, audio_tokens / max(1, num_clips), text_tokens / max(1, num_clips), room / spread)
     if fitting >= num_clips:
         logger.info("memory: all %d clips at once fit in %.1f GiB", num_clips, gib)
-        return Fitted(0, Plan(0, 0, 0, True))
+        return Fitted(0, Plan(0, 0, 0, True), cuda_graphs)
     if fitting < 1:
         raise ValueError(
             f"memory_cap_gib: {gib:.1f} GiB are left for a step, too little for one clip; raise it (0: all of the "
@@ -135,4 +141,4 @@ def choose(config: Config, model: DualEncoder, batches: list[Batch], room: float
         )
     fitting = max(1, fitting // STEP_OF_CLIPS * STEP_OF_CLIPS)
     logger.info("memory: %d of %d clips are embedded at once, in two passes (%.1f GiB)", fitting, num_clips, gib)
-    return Fitted(fitting, Plan(0, 0, 0, True))
+    return Fitted(fitting, Plan(0, 0, 0, True), cuda_graphs)

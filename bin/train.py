@@ -141,8 +141,8 @@ def train(config: Config) -> int:
         total_steps = min(cfg.epochs * steps_per_epoch, cfg.max_steps or sys.maxsize)
         groups = parameter_groups(named, built.sources, cfg.weight_decay, cfg.pretrained_lr_scale)
         update = make_update(groups, named, cfg.lr, cfg.adam_beta2, cfg.flat_optimizer)  # AdamW
-        clips_per_pass = fit_memory(config, model, loader.epoch(0))
-        graphs = add_graphs(model, config.model.cuda_graphs, keeps_gradients=cfg.flat_optimizer)
+        fitted = fit_memory(config, model, loader.epoch(0))
+        graphs = add_graphs(model, fitted.cuda_graphs, keeps_gradients=cfg.flat_optimizer)
         # ReduceLROnPlateau drives a factor (1, then cut and cut again) that multiplies the warm-up below.
         factor = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -211,7 +211,7 @@ def train(config: Config) -> int:
                         with interval.waiting():
                             batch = next(batches_of_epoch)
                         found, num_clips = add_gradients(
-                            model, temperature, batch, config.losses, world, wire_dtype, bank, clips_per_pass,
+                            model, temperature, batch, config.losses, world, wire_dtype, bank, fitted.clips_per_pass,
                             cfg.grad_accum_steps,
                         )  # fmt: skip
                         for name, value in found.items():

@@ -39,7 +39,7 @@ def fitted(model: DualEncoder, batches: Any, cap_gib: float, layers: Any = "auto
     config.model.checkpointing, config.model.memory_cap_gib, config.train.clips_per_pass = layers, cap_gib, passes
     config.validate()
     model.audio_tower.num_checkpointed = model.language_model.num_checkpointed = 0
-    clips = fit_memory(config, model, iter(batches))
+    clips = fit_memory(config, model, iter(batches)).clips_per_pass
     return model.audio_tower.num_checkpointed, model.language_model.num_checkpointed, clips
 
 
@@ -130,15 +130,22 @@ def test_a_run_on_auto_learns_as_one_that_keeps_everything(flags: Callable[..., 
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
 
 
-def test_room_is_left_for_graphs_of_many_classes(
-    model: DualEncoder, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+def test_graphs_that_do_not_fit_beside_a_step_are_off_and_nothing_is_recomputed(
+    model: DualEncoder, batches: list[Batch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Recomputed layers keep graphs away as well, so that to recompute for them would be to lose twice."""
     monkeypatch.setattr("model.memory.AUDIO_FRONT_BYTES", 0)
     tight = next(cap for cap in (cap_for(model, 1000.0 * n) for n in itertools.count(1)) if not any(
         fitted(model, batches, cap)
     ))  # fmt: skip
+    loose = cap_for(model, 1.31 * (room_bytes(tight, model) or 0.0))
     monkeypatch.setattr("bin.fit.graphs_spread", lambda *_: 1.3)
-    assert fitted(model, batches, tight)[0] > 0
-    loose = room_bytes(tight, model)
-    assert loose is not None
-    assert fitted(model, batches, cap_for(model, 1.31 * loose)) == (0, 0, 0)
+    config = Config()
+    config.model.checkpointing = "auto"
+    for wanted, cap, expected in (("auto", tight, "off"), ("auto", loose, "auto"), ("on", tight, "on")):
+        config.model.cuda_graphs, config.model.memory_cap_gib = wanted, cap
+        with caplog.at_level(logging.INFO):
+            assert fit_memory(config, model, iter(batches)).cuda_graphs == expected
+        assert model.audio_tower.num_checkpointed == model.language_model.num_checkpointed == 0
+    assert caplog.text.count("no CUDA graphs, with which a step would take up to") == 1
+    assert fitted(model, batches, tight, False, "auto")[2] > 0, "passes leave room for graphs"
