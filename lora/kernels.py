@@ -8,6 +8,8 @@ Shapes: P rows, I in_features, O out_features of all projections, R ranks of all
 E = I + R, S parts of a sum.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -113,6 +115,7 @@ def grad_up(grad_PO: Tensor, low_PR: Tensor, spans: tuple[tuple[int, int, int], 
         *(grad_PO, low_PR, part_SOr, num_rows, num_out, per_part, grad_PO.stride(0)),
         *(end0, end1, blocks0, blocks0 + blocks1, column0, column1, column2),
         RANK=r,
+        ALIGNED=math.gcd(r, 16),  # each adapter's first column is a multiple of the rank
         NUM_LOW=low_PR.shape[1],
         WIDE=wide,
         ROWS=rows,
@@ -203,7 +206,8 @@ def _extend(
     width = num_in + NUM_LOW
     key = tl.load(seed)
     total = tl.zeros([ROWS, WIDE], tl.float32)
-    first = tl.program_id(1) * per_part
+    # Said, not seen by the compiler: without it every element is loaded by itself.
+    first = tl.multiple_of(tl.program_id(1) * per_part, COLUMNS)
     for start in range(first, tl.minimum(first + per_part, num_in), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = (row < num_rows)[:, None] & (column < num_in)[None, :]
@@ -280,7 +284,8 @@ def _finish(
 def _grad_up(
     grad, low, partial, num_rows, num_out, per_part, stride_grad,
     end0, end1, block1, block2, column0, column1, column2,
-    RANK: tl.constexpr, NUM_LOW: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
+    RANK: tl.constexpr, ALIGNED: tl.constexpr, NUM_LOW: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    OUTS: tl.constexpr,
 ):  # fmt: skip
     # A program's outputs are of one projection, so that it needs the columns of one adapter.
     block = tl.program_id(0)
@@ -290,6 +295,7 @@ def _grad_up(
     column = tl.where(block < block1, column0, tl.where(block < block2, column1, column2))
     if column < 0:
         return
+    column = tl.multiple_of(column, ALIGNED)
     out = first + (block - first_block) * OUTS + tl.arange(0, OUTS)
     wide = tl.arange(0, WIDE)
     total = tl.zeros([OUTS, WIDE], tl.float32)
