@@ -15,22 +15,19 @@ Weights are read where they lie and gradients added where they lie, so neither m
 Shapes: N sequences, P packed tokens, T mel frame slots, M mels, E embedding.
 """
 
-import ctypes
 import gc
 import logging
 import time
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from model.attention import resolve_backend
 from model.audio_tower import AudioAttention
+from model.captures import Capture, Replay, Side, mend_broken_capture, new_pool
 from model.dual import DualEncoder
 from model.packing import AudioLayout, AudioPack, SequenceLayout, TextPack, frames_of, tokens_of
 from model.sizes import SizeClass
@@ -41,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CAPTURES = 64
 """Size classes of both sides; what comes up beyond them runs eagerly."""
-LARGE_SHARE = 0.05
-"""Of the device's memory: a side that holds more makes room before it captures a class larger than all it has."""
 SHORTEST_AUDIO, SHORTEST_TEXT = 64, 16
 """Least bound of a class on its longest sequence, in tokens."""
 
@@ -92,36 +87,6 @@ class _Inputs(NamedTuple):
     """In tokens, of the pack's own sequences."""
 
 
-@dataclass(eq=False)
-class _Side:
-    """One encoder. `run` gives the embeddings of a class from its tables and its mel or ids, all on the device, and
-    the lengths in tokens, which a capture leaves away: what it records must not depend on them."""
-
-    name: str
-    run: Callable[[SizeClass, Tables, Tensor, Sequence[int]], Tensor]
-    captures: dict[SizeClass, "_Capture"] = field(default_factory=dict)
-    pool: Any = None  # torch.cuda.MemPool, made for the first capture
-    num_bytes: int = 0  # that the captures have taken from the device
-    in_use: "weakref.ref[_Ticket] | None" = None  # by a forward pass whose backward pass is to come
-
-    def make_room(self, size: SizeClass, device: torch.device) -> None:
-        """Drop all captures before one that is larger, if they hold much: it cannot use their memory, whose pieces are
-        too small, while smaller ones can use its own. They are captured again when they come up."""
-        largest = max((known.num_tokens for known in self.captures), default=size.num_tokens)
-        total = torch.cuda.get_device_properties(device).total_memory
-        if size.num_tokens > largest and self.num_bytes > LARGE_SHARE * total:
-            torch.cuda.synchronize(device)
-            self.captures.clear()
-            self.pool, self.num_bytes = None, 0
-
-    def is_busy(self) -> bool:
-        return self.in_use is not None and self.in_use() is not None
-
-
-class _Ticket:
-    """Held by an embedding's history: while it lives, the side's memory is not to be written."""
-
-
 class TowerGraphs:
     """Stands in for `encode_audio` and `encode_text` of a model in training mode.
 
@@ -136,7 +101,7 @@ class TowerGraphs:
         self._params: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)  # gives replays a place in the history
         self._stream = torch.cuda.Stream(model.device) if captures else None
-        self._audio, self._text = _Side("audio", self._run_audio), _Side("text", self._run_text)
+        self._audio, self._text = Side("audio", self._run_audio), Side("text", self._run_text)
         self._capture_s, self._num_captures, self._has_told = 0.0, 0, False
         self._num_tokens = self._num_dummies = 0
 
@@ -166,7 +131,7 @@ class TowerGraphs:
         """
         if not (self._captures and self._is_started and torch.is_grad_enabled()):
             return
-        new: list[tuple[_Side, Callable[[], _Inputs]]] = []
+        new: list[tuple[Side, Callable[[], _Inputs]]] = []
         if audio is not None and self._audio_size(audio)[0] not in self._audio.captures:
             new.append((self._audio, partial(self._audio_inputs, audio)))
         if text is not None and self._text_size(text)[0] not in self._text.captures:
@@ -222,7 +187,7 @@ class TowerGraphs:
         filled = size.filled(lengths)
         return self._model.embed_ids(TextPack(ids_P, filled), SequenceLayout.of(tables, filled, size))
 
-    def _encode(self, side: _Side, inputs: _Inputs) -> Tensor:
+    def _encode(self, side: Side, inputs: _Inputs) -> Tensor:
         size, tables, payload, lengths = inputs
         self._num_tokens += sum(lengths)
         self._num_dummies += size.num_tokens - sum(lengths)
@@ -231,9 +196,9 @@ class TowerGraphs:
             return side.run(size, tables, payload, lengths)[: len(lengths)]
         if not torch.is_grad_enabled():  # the first of two passes: what it leaves in the memory pool is for nobody
             return capture.replay_forward(tables.flat, payload, len(lengths))
-        return _Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
+        return Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
 
-    def _capture(self, side: _Side, inputs: _Inputs) -> None:
+    def _capture(self, side: Side, inputs: _Inputs) -> None:
         if len(self._audio.captures) + len(self._text.captures) >= self._most:
             if not self._has_told:
                 logger.warning("%d size classes are CUDA graphs; further ones run eagerly", self._most)
@@ -247,14 +212,14 @@ class TowerGraphs:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         if side.pool is None:
-            side.pool = _new_pool()
+            side.pool = new_pool()
         failure = None
         try:
-            side.captures[size] = _Capture(side, size, inputs.tables, inputs.payload, self._params, self._stream)
+            side.captures[size] = Capture(side, size, inputs.tables, inputs.payload, self._params, self._stream)
         except torch.OutOfMemoryError as error:
             failure = f"{type(error).__name__}: {error}"
         except RuntimeError as error:  # something that cannot be recorded
-            _mend_broken_capture(device)
+            mend_broken_capture(device)
             failure = f"{type(error).__name__}: {error}"
         if failure is not None:  # here, where no exception holds the frames and their tensors any more
             self.give_up(failure)
@@ -275,111 +240,3 @@ class TowerGraphs:
                 side.pool, side.num_bytes = None, 0
             side.captures.clear()
         gc.collect()  # when memory runs short, the allocator gives back what it has kept for the captures
-
-
-_pools: "weakref.WeakSet[Any]" = weakref.WeakSet()  # those of this process
-_pools_stay = False  # a capture has broken: no pool may be destroyed any more
-
-
-def _new_pool() -> Any:
-    pool = torch.cuda.MemPool()
-    _pools.add(pool)
-    if _pools_stay:
-        _keep_for_good(pool)
-    return pool
-
-
-def _keep_for_good(pool: Any) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
-
-
-def _mend_broken_capture(device: torch.device) -> None:
-    """Undo what torch before 2.12 leaves behind where the driver calls a capture off.
-
-    The generator would refuse to draw ("outside graph capture"): it gets a state of the same seed and offset that knows
-    of no capture. The allocator believes that the capture goes on, and ends the process when any pool is destroyed: so
-    no pool of this process ever is, other models' included, not even at the interpreter's end.
-    """
-    global _pools_stay
-    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    generator.graphsafe_set_state(generator.clone_state())
-    if not _pools_stay:
-        _pools_stay = True
-        for pool in _pools:
-            _keep_for_good(pool)
-
-
-class _Capture:
-    """The two graphs of a size class, and the places where they read and write."""
-
-    def __init__(
-        self,
-        side: _Side,
-        size: SizeClass,
-        tables: Tables,
-        payload: Tensor,
-        params: list[nn.Parameter],
-        stream: torch.cuda.Stream,
-    ) -> None:
-        self.side = side
-        self.flat, self.payload = tables.flat.clone(), payload.clone()
-        own = Tables(self.flat, tables.sizes)
-        kept_grads = [p.grad for p in params if p.grad is not None]
-        assert len(kept_grads) == len(params), "gradients must lie somewhere before a graph can add to them"
-        device = payload.device
-
-        # Ready: kernels compiled and loaded, workspaces of this stream made. In the pool, whose memory the capture then
-        # takes over, and without moving the random state.
-        drawn = torch.cuda.get_rng_state(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        try:
-            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(side.pool):
-                out_NE = side.run(size, own, self.payload, [])
-                torch.autograd.grad(out_NE, params, torch.zeros_like(out_NE), allow_unused=True)
-                del out_NE
-        finally:  # out of memory, too: the eager pass that follows is to draw what it would have drawn
-            torch.cuda.current_stream(device).wait_stream(stream)
-            torch.cuda.set_rng_state(drawn, device)
-
-        # Other threads (NCCL's, the loader's) may go on with CUDA calls of their own meanwhile.
-        place = {"pool": side.pool.id, "stream": stream, "capture_error_mode": "thread_local"}
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, **place):
-            out_NE = side.run(size, own, self.payload, [])
-        self.out_NE = out_NE.detach()
-        self.grad_NE = torch.zeros_like(self.out_NE)
-        with torch.cuda.graph(self.backward, **place):
-            found = torch.autograd.grad(out_NE, params, self.grad_NE, allow_unused=True)
-            reached = [(kept, new) for kept, new in zip(kept_grads, found, strict=True) if new is not None]
-            torch._foreach_add_([kept for kept, _ in reached], [new for _, new in reached])
-            del found, reached
-        # What the forward graph keeps for the backward graph is let go here, so that the next capture writes over it.
-        del out_NE
-
-    def replay_forward(self, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
-        self.flat.copy_(flat)
-        self.payload.copy_(payload)
-        self.forward.replay()
-        return self.out_NE[:num_rows].clone()
-
-
-class _Replay(torch.autograd.Function):
-    """The gradient of `anchor` is none: the backward graph itself adds to the parameters' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, capture: _Capture, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
-        ctx.capture, ctx.num_rows, ctx.ticket = capture, num_rows, _Ticket()
-        capture.side.in_use = weakref.ref(ctx.ticket)
-        return capture.replay_forward(flat, payload, num_rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NE: Tensor) -> tuple[None, ...]:
-        capture = ctx.capture
-        assert ctx.ticket is not None, "what a forward graph kept is good for one backward pass"
-        capture.grad_NE.zero_()
-        capture.grad_NE[: ctx.num_rows].copy_(grad_NE)
-        capture.backward.replay()
-        # Of a history that lives on, nothing keeps the capture: another may soon need its memory.
-        capture.side.in_use = ctx.ticket = ctx.capture = None
-        return None, None, None, None, None

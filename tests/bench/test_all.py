@@ -1,6 +1,8 @@
 """The runner: parts in processes of their own, what fails is reported, and everything is written."""
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from bench import all as every
 from bench.findings import Findings
 from bench.limits import Limits
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 LIMITS = {"device": "Some Chip 80GB", "torch": "2", "matrix_flops": 1e15, "copy_bytes": 1e12}
 
 
@@ -49,12 +52,21 @@ def test_parts_together_end_in_time() -> None:
 
 
 def test_a_part_runs_in_a_process_of_its_own() -> None:
-    measured = every.run_part("limits", True, None, 120.0)
+    """Run in a process of its own itself: the one that the parts are forked from lives as long as it."""
+    code = (
+        "import json\n"
+        "from bench import all as every\n"
+        "from bench.limits import Limits\n"
+        f"limits = Limits(**{LIMITS!r})\n"
+        "parts = [('limits', None, 120.0), ('no_such_part', limits, 120.0), ('limits', None, 0.01)]\n"
+        "found = [every.run_part(name, True, given, limit_s) for name, given, limit_s in parts]\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    measured, failed, hung = json.loads(done.stdout.splitlines()[-1])
     assert measured["matrix_flops"] > 0
     assert "torch" in measured["environment"]
-    failed = every.run_part("no_such_part", True, Limits(**LIMITS), 120.0)
     assert "No module named 'bench.no_such_part'" in failed["error"]
-    hung = every.run_part("limits", True, None, 0.01)
     assert hung["error"].startswith("stopped after 0 s")
 
 

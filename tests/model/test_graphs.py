@@ -1,6 +1,5 @@
 """Packs filled up to size classes give what they gave before; on a GPU, replayed graphs give what eager passes give."""
 
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 from lora.inject import inject_lora
 from lora.settings import LoraSettings
 from model.build import build_model
+from model.captures import Side
 from model.dual import DualEncoder
-from model.graphs import TowerGraphs, _Replay, _Side, add_graphs, why_no_graphs
+from model.graphs import TowerGraphs, add_graphs, why_no_graphs
 from model.packing import AudioLayout, AudioPack, TextPack
 from model.settings import ModelSettings
 from model.sizes import SizeClass
@@ -135,14 +135,14 @@ def test_a_capture_that_fails_leaves_training_eager_and_right(
 
     tried = []
 
-    def capture(side: _Side, *_: object) -> object:
+    def capture(side: Side, *_: object) -> object:
         tried.append(side.name)
         if side.name == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return object()  # which nothing can replay
 
-    monkeypatch.setattr("model.graphs._Capture", capture)
-    monkeypatch.setattr("model.graphs._Side.make_room", lambda *_: None)
+    monkeypatch.setattr("model.graphs.Capture", capture)
+    monkeypatch.setattr("model.graphs.Side.make_room", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "MemPool", type("MemPool", (), {}))
     graphs = model.graphs = TowerGraphs(model, captures=False)
@@ -157,34 +157,6 @@ def test_a_capture_that_fails_leaves_training_eager_and_right(
     assert tried == ["audio", "text"][: 1 + (failing == "text")]
     assert caplog.text.count("CUDA graphs are off from here on") == 1
     assert "OutOfMemoryError: CUDA out of memory" in caplog.text
-
-
-def test_a_history_keeps_no_capture_once_it_has_gone_back() -> None:
-    """In two passes the rows of the first live on while the second captures: memory for both would be too much."""
-
-    class Graph:
-        def replay(self) -> None:
-            pass
-
-    class Capture:
-        def __init__(self) -> None:
-            self.side, self.backward = _Side("audio", lambda *_: torch.ones(0)), Graph()
-            self.grad_NE = torch.zeros(4, 2)
-
-        def replay_forward(self, flat: Tensor, payload: Tensor, num_rows: int) -> Tensor:
-            return torch.ones(num_rows, 2)
-
-    capture = Capture()
-    side, grad_NE, gone = capture.side, capture.grad_NE, weakref.ref(capture)
-    anchor, nothing = torch.zeros((), requires_grad=True), torch.zeros(0)
-    rows = _Replay.apply(anchor, capture, nothing, nothing, 3)
-    assert side.is_busy()
-    del capture
-    assert gone() is not None, "its backward graph is still to run"
-    rows.backward(torch.full((3, 2), 2.0))
-    assert gone() is None
-    assert not side.is_busy()
-    assert grad_NE.tolist() == [[2.0, 2.0]] * 3 + [[0.0, 0.0]]
 
 
 def test_what_keeps_graphs_away_is_said(write_qwen2_audio) -> None:
