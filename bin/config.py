@@ -49,7 +49,7 @@ class TrainSettings:
     grad_accum_steps: int = 1
     """Micro-batches a step, each with its own contrastive batch of batch_size / grad_accum_steps clips."""
     clips_per_pass: int | Literal["auto"] = 0
-    """Clips that a GPU embeds at once; more are embedded in several passes, twice, with the same gradient, in less memory (the cached-gradient step). 0: all at once; auto: as many as memory_cap_gib holds."""  # noqa: E501
+    """Clips that a GPU embeds at once, in the mean of passes with as much sound each; more are embedded in several passes, twice, with the same gradient, in less memory (the cached-gradient step). 0: all at once; auto: as many as memory_cap_gib holds."""  # noqa: E501
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["plateau", "cosine", "constant"] = "plateau"

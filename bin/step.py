@@ -67,9 +67,11 @@ class Passes:
 
 
 def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass: int, num_kept: int = 1) -> Passes:
-    """Embed at most `clips_per_pass` clips of this rank at a time, each with its share of the strings; 0: all at once.
+    """Embed this rank's clips and strings in passes of `clips_per_pass` clips in the mean; 0: all at once.
 
-    More than one pass is the two-pass step of distributed/bigbatch.py: `finish` must be called after the backward pass.
+    Passes have as much sound and as many string tokens each, whatever the lengths: they take the same memory and, as a
+    rule, one CUDA graph. More than one is the two-pass step of distributed/bigbatch.py: `finish` must be called after
+    the backward pass.
     num_kept: see `TwoPass`.
     """
     fed = FedBatch.of(batch)
@@ -78,9 +80,8 @@ def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass
     window_counts: list[list[int]] = [[] for _ in range(num_passes)]
     encoders = [
         partial(_encode_part, model, fed.part(clips, strings), counts)
-        # Strings by tokens: texts come before terms, and the same number of texts takes several times the memory.
         for clips, strings, counts in zip(
-            chunk_bounds([1] * num_clips, num_passes),
+            chunk_bounds(fed.batch.num_samples, num_passes),
             chunk_bounds(fed.batch.token_lengths, num_passes),
             window_counts,
             strict=True,

@@ -41,4 +41,4 @@ def test_a_kernel_that_moves_elements_alone_is_found() -> None:
         "print([kernel.name for _, kernel in compiled.compile_all(90) if kernel.is_narrow])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "['_grad_up']", done.stderr
+    assert done.stdout.strip() == "['_pack', '_grad_up']", done.stderr

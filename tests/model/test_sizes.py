@@ -31,9 +31,10 @@ def test_a_class_is_filled_by_dummies_within_its_bounds(longest: int, pool: int)
         assert size.num_slots % 2 == 0
 
 
-def test_sizes_are_16_an_octave_and_the_longest_is_a_power_of_two_up_to_the_limit() -> None:
-    assert len({rounded_up(n) for n in range(4097, 8193)}) == 16
-    assert [rounded_up(n) for n in (1, 16, 17, 300, 8192, 8193)] == [16, 16, 32, 304, 8192, 8704]
+def test_sizes_are_16_an_octave_then_32_and_the_longest_is_a_power_of_two_up_to_the_limit() -> None:
+    assert len({rounded_up(n) for n in range(2049, 4097)}) == 16
+    assert len({rounded_up(n) for n in range(4097, 8193)}) == 32
+    assert [rounded_up(n) for n in (1, 16, 17, 300, 8192, 8193)] == [16, 16, 32, 304, 8192, 8448]
     assert SizeClass.of([5, 90], 64, 1500).max_len == 128
     assert SizeClass.of([5], 64, 1500).max_len == 64
     assert SizeClass.of([1400], 64, 1500).max_len == 1500
