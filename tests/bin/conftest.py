@@ -1,13 +1,23 @@
 """Fixtures of the programs' tests; see tones.py."""
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.bin.tones import TERMS, write_architectures, write_samples
 from tests.retrieval.small_models import write_full_model
+
+
+@pytest.fixture(autouse=True)
+def wandb_ended() -> Iterator[None]:
+    """Its process, where the package is installed, lives as long as ours, and would be counted as a later test's."""
+    yield
+    teardown = getattr(sys.modules.get("wandb"), "teardown", None)
+    if teardown is not None:
+        teardown()
 
 
 @pytest.fixture(scope="session")
