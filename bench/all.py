@@ -170,12 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = args.parts or [p for p in PARTS if p not in PARTS_OF_SEVERAL_GPUS or report["environment"]["num_gpus"] > 1]
     report["parts"] = earlier_parts(args.out / f"{name_of_device}.json", limits, wanted)
     for name in wanted:
-        left_s = WHOLE_S - (time.perf_counter() - started)
-        if name in PARTS_OF_SEVERAL_GPUS:
-            left_s = PARTS[name]
+        limit_s = PARTS[name]
+        if name not in PARTS_OF_SEVERAL_GPUS:
+            limit_s = min(limit_s, WHOLE_S - (time.perf_counter() - started))
         part: dict[str, Any] = {"error": "no time was left"}
-        if left_s > 5:
-            part = run_part(name, args.tiny, limits, min(PARTS[name], left_s))
+        if limit_s > 5:
+            part = run_part(name, args.tiny, limits, limit_s)
         report["parts"][name] = {"measured": time.strftime("%Y-%m-%d %H:%M"), **part}
         text = f"FAILED: {part['error']}" if "error" in part else Findings.from_json(part).text()
         print(f"\n== {name}, {part.get('seconds', 0):.0f} s\n{text}", flush=True)

@@ -1,7 +1,7 @@
 """CUDA graphs in the training step and eager steps: the same gradients and loss curves?
 
-    python bench/graphs.py parity --clips 32             exit code 1 when they differ
-    python bench/graphs.py parity --clips 4 --shapes tiny --device cpu      does it run at all
+    python bench/graphs.py --clips 32                    exit code 1 when they differ
+    python bench/graphs.py --clips 4 --shapes tiny --device cpu      does it run at all
 
 The step of bench/ours.py on random weights at the true 7B shapes, with the losses of a run. A few different batches
 take turns, so that several size classes come up. Speed is bench/step.py's: `--ours --clips 16 256`, and the same with
@@ -41,8 +41,6 @@ Mode = Literal["eager", "padded", "graphed"]
 class GraphBenchSettings:
     """Compare graphed and eager training steps."""
 
-    part: tyro.conf.Positional[Literal["parity"]] = "parity"
-    """What to look at."""
     clips: int = 32
     """Clips a step."""
     shapes: Literal["full", "tiny"] = "full"

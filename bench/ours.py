@@ -92,15 +92,21 @@ class Shapes:
         return 4.0 * (audio_tokens * self.audio_parameters() + text_tokens * self.text_parameters())
 
 
-def build(shapes: Shapes, device: torch.device, lora: LoraSettings | None = None, **settings: Any) -> Built:
+def build(
+    shapes: Shapes,
+    device: torch.device,
+    lora: LoraSettings | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Built:
     """The model in training mode with adapters (by default those of the peers: r 16, dropout 0.1, on q, k and v).
 
-    `settings`: fields of ModelSettings.
+    compute_dtype: as of build_model. `settings`: fields of ModelSettings.
     """
     loading, level = logging.getLogger("model.build"), logging.getLogger("model.build").level
     with tempfile.TemporaryDirectory() as folder:
         loading.setLevel(logging.ERROR)  # random frozen towers are meant here
-        built = build_model(replace(shapes.write(Path(folder)), **settings), device)
+        built = build_model(replace(shapes.write(Path(folder)), **settings), device, compute_dtype)
         loading.setLevel(level)
     inject_lora(built.model, lora or LoraSettings())
     built.model.train()

@@ -48,8 +48,7 @@ def _compare(kind: Literal["stock", "tuned"], device: torch.device, dtype: torch
     if dtype == torch.bfloat16:
         built = build(shapes, device, without_dropout(), base_dtype="bf16")
     else:  # in torch alone: kernels that nobody trains with would be compiled for this
-        built = build(shapes, device, without_dropout(), base_dtype="fp32", kernels="torch", attention="sdpa")
-        built.model.compute_dtype = torch.float32
+        built = build(shapes, device, without_dropout(), dtype, kernels="torch", attention="sdpa")
     wake_adapters(built.model)
     peer = Peer(kind, shapes, device, dtype, dropout=0.0)
     copy_weights(built, peer)

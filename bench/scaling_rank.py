@@ -15,7 +15,6 @@ if __package__ != "bench":  # run as a file: the root goes first on sys.path, an
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
 
 import argparse
-import gc
 import json
 import os
 import time
@@ -27,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.drawn import as_batch, dealt, draw, on_device
-from bench.limits import synchronize
+from bench.drawn import NUM_BATCHES, as_batch, dealt, draw, on_device
+from bench.limits import free_memory, synchronize
 from bench.ours import LEARNING_RATE, Shapes, Training, build, time_steps, wake_adapters, without_dropout
 from bench.traffic import recorded
 from bin.feed import FedBatch
@@ -45,7 +44,6 @@ OBJECTIVE = LossSettings(learn_temperature=True)
 """A run's own, hard negatives of the batch included; the temperature learns, so that its gradient is compared too."""
 TIME_LIMIT_S = 60.0  # of a collective
 CHECKED_CLIPS, CHECKED_CLIPS_AT_FULL_SIZE = 16, 64  # of all ranks together
-NUM_BATCHES = 4
 MOST_DDP_DIFFERENCE = {"cpu": 1e-5, "cuda": 1e-3}  # fp32; convolutions on a GPU may round to TF32
 
 
@@ -144,8 +142,7 @@ def check_small(world: World, kept: Path) -> list[dict[str, Any]]:
     """fp32, small shapes: N ranks against one, flat and plain; DDP against ours. RuntimeError where DDP differs."""
     shapes, lines = Shapes.of(tiny=True), []
     torch.manual_seed(0)
-    built = build(shapes, world.device, without_dropout(), base_dtype="fp32")
-    built.model.compute_dtype = torch.float32
+    built = build(shapes, world.device, without_dropout(), torch.float32)
     wake_adapters(built.model)
     fed = batch_of_rank(shapes, world, CHECKED_CLIPS, seed=1)
     ours: dict[str, Tensor] = {}
@@ -220,7 +217,7 @@ def run(world: World, sizes: Sequence[int], kept: Path, tiny: bool) -> None:
 
     for line in check_small(world, kept):
         tell(line)
-    gc.collect()
+    free_memory(world.device)
     is_cuda = world.device.type == "cuda"
     shapes, wire_dtype = Shapes.of(tiny), torch.bfloat16 if is_cuda else None
     torch.manual_seed(0)
@@ -258,7 +255,7 @@ def run(world: World, sizes: Sequence[int], kept: Path, tiny: bool) -> None:
                 training.release()
         built.model.graphs = None
         del training
-        gc.collect()
+        free_memory(world.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

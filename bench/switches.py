@@ -20,12 +20,13 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from bench.drawn import NUM_BATCHES
 from bench.findings import Findings, run_alone
 from bench.limits import Limits, bench_device, free_memory, synchronize
 from bench.ours import OBJECTIVE, Shapes, Training, batches, build, without_dropout
 from bin.feed import FedBatch
 
-DEPTH, NUM_CLIPS, NUM_STEPS, NUM_BATCHES = 8, 64, 20, 4
+DEPTH, NUM_CLIPS, NUM_STEPS = 8, 64, 20
 MOST_GAP = 0.02
 """Of the loss, in bf16; on the CPU, in fp32, see tests/bench/test_switches.py."""
 

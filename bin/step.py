@@ -97,17 +97,15 @@ def encode_in_passes(model: DualEncoder, batch: Batch | FedBatch, clips_per_pass
 def _encode_part(model: DualEncoder, part: FedPart, window_counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of clips, of strings and, with the maxsim read-out, of windows, whose counts go into `window_counts`."""
     none_0E = torch.zeros(0, model.audio_head.out_features, dtype=model.audio_head.weight.dtype, device=model.device)
-    audio_BE, window_WE = none_0E, none_0E
-    if model.graphs is not None:
-        model.graphs.prepare(part.audio, part.text)
-    if part.audio is not None:
-        if model.windows is None:
-            audio_BE = model.encode_audio(part.audio)
-        else:
-            windows = model.encode_windows(part.audio)
-            audio_BE, window_WE = windows.audio_BE, windows.clips.window_WE
-            window_counts[:] = windows.clips.counts
-    return audio_BE, none_0E if part.text is None else model.encode_text(part.text), window_WE
+    window_WE = none_0E
+    if model.windows is None or part.audio is None:
+        audio_BE, string_E = model.encode_both(part.audio, part.text)
+    else:
+        windows = model.encode_windows(part.audio)
+        audio_BE, window_WE = windows.audio_BE, windows.clips.window_WE
+        window_counts[:] = windows.clips.counts
+        _, string_E = model.encode_both(None, part.text)
+    return none_0E if audio_BE is None else audio_BE, none_0E if string_E is None else string_E, window_WE
 
 
 def batch_ids(batch: Batch) -> BatchIds:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,7 @@ class DualEncoder(nn.Module):
         `layout` may be given where the caller has it: then nothing here works on the host.
         """
         if self.graphs is not None and layout is None and self.training:
-            return self.graphs.encode_audio(pack)
+            return cast(Tensor, self.graphs.encode(pack, None)[0])
         x_QD, pooled = self._audio_frames(pack, layout)
         return self._embed(x_QD, pooled, self.audio_head)
 
@@ -149,9 +149,15 @@ class DualEncoder(nn.Module):
         if "language_model" not in self._modules:
             raise ValueError("encode_text: this model was opened audio-only; open it whole to encode terms")
         if self.graphs is not None and self.training:
-            return self.graphs.encode_text(pack)
+            return cast(Tensor, self.graphs.encode(None, pack)[1])
         pack = pack.to(self.device, non_blocking=True)
         return self.embed_ids(pack, SequenceLayout.build(pack.lengths, self.device))
+
+    def encode_both(self, audio: AudioPack | None, text: TextPack | None) -> tuple[Tensor | None, Tensor | None]:
+        """`encode_audio` and `encode_text` of what is there."""
+        if self.graphs is not None and self.training:
+            return self.graphs.encode(audio, text)
+        return None if audio is None else self.encode_audio(audio), None if text is None else self.encode_text(text)
 
     def embed_ids(self, pack: TextPack, layout: SequenceLayout) -> Tensor:
         """`encode_text` where pack and layout are on the device. Of dummies the rows mean nothing, but are finite."""

@@ -5,7 +5,7 @@
     eager:     own rows cut out -> gathered -> loss -> their gradient
     replayed:  dummies' gradient zero -> tower, backwards -> added to `.grad`     backward graph of the class
 
-Each class is captured when it first comes up (`prepare`), after one eager pass with the same inputs that lets
+Each class is captured when it first comes up, after one eager pass with the same inputs that lets
 libraries and kernels make themselves ready. All classes of a side share one memory pool: what a forward graph leaves
 there is only good until the next one runs. Dropout draws from torch's generator, which hands each replay the numbers
 that an eager pass would have drawn; the preparations draw none. (Reference: PyTorch's notes on CUDA graphs.)
@@ -18,8 +18,7 @@ Shapes: N sequences, P packed tokens, T mel frame slots, M mels, E embedding.
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,57 +123,38 @@ class TowerGraphs:
         """Dummy tokens so far, as a share of own ones."""
         return self._num_dummies / max(1, self._num_tokens)
 
-    def prepare(self, audio: AudioPack | None, text: TextPack | None) -> None:
-        """Capture what is not yet captured of the classes of two packs that are about to be encoded with gradient.
+    def encode(self, audio: AudioPack | None, text: TextPack | None) -> tuple[Tensor | None, Tensor | None]:
+        """Embeddings of both packs, as DualEncoder gives them one by one.
 
-        Before either is encoded: should memory not do, no graph is in use whose memory the eager passes would miss.
+        What is new among their classes is captured before either runs: should memory not do, no graph is in use whose
+        memory the eager passes would miss.
         """
-        if not (self._captures and self._is_started and torch.is_grad_enabled()):
-            return
-        new: list[tuple[Side, Callable[[], _Inputs]]] = []
-        if audio is not None and self._audio_size(audio)[0] not in self._audio.captures:
-            new.append((self._audio, partial(self._audio_inputs, audio)))
-        if text is not None and self._text_size(text)[0] not in self._text.captures:
-            new.append((self._text, partial(self._text_inputs, text)))
-        for side, make_inputs in new:
-            if self._captures and not side.is_busy():
-                with torch.random.fork_rng([self._model.device] if self._model.device.type == "cuda" else []):
-                    inputs = make_inputs()  # which may draw (SpecAugment)
+        audio_inputs = None if audio is None else self._audio_inputs(audio)
+        text_inputs = None if text is None else self._text_inputs(text)
+        sides = ((self._audio, audio_inputs), (self._text, text_inputs))
+        for side, inputs in sides:
+            if inputs is not None and self._captures and self._is_started and torch.is_grad_enabled():
                 self._capture(side, inputs)
-
-    def encode_audio(self, pack: AudioPack) -> Tensor:
-        """As DualEncoder.encode_audio."""
-        return self._encode(self._audio, self._audio_inputs(pack))
-
-    def encode_text(self, pack: TextPack) -> Tensor:
-        """As DualEncoder.encode_text."""
-        return self._encode(self._text, self._text_inputs(pack))
-
-    def _audio_size(self, pack: AudioPack) -> tuple[SizeClass, list[int]]:
-        config = self._model.audio_tower.config
-        num_tokens = [tokens_of(count) for count in frames_of(pack.num_samples, config.max_frames)]
-        return SizeClass.of(num_tokens, SHORTEST_AUDIO, config.max_positions, config.pool), num_tokens
+        audio_BE, text_NE = (None if inputs is None else self._encode(side, inputs) for side, inputs in sides)
+        return audio_BE, text_NE
 
     def _audio_inputs(self, pack: AudioPack) -> _Inputs:
         model, config = self._model, self._model.audio_tower.config
-        size, num_tokens = self._audio_size(pack)
+        num_tokens = [tokens_of(count) for count in frames_of(pack.num_samples, config.max_frames)]
+        size = SizeClass.of(num_tokens, SHORTEST_AUDIO, config.max_positions, config.pool)
         tables = AudioLayout.tables(pack.num_samples, config.pool, config.max_frames, size).to(model.device)
         with torch.no_grad():
             mel_TM = model.mel(pack.to(model.device, non_blocking=True), self._audio_layout(size, tables, num_tokens))
         return _Inputs(size, tables, mel_TM, num_tokens)
 
-    def _text_size(self, pack: TextPack) -> tuple[SizeClass, list[int]]:
-        limit = self._model.language_model.config.max_positions
+    def _text_inputs(self, pack: TextPack) -> _Inputs:
+        model, limit = self._model, self._model.language_model.config.max_positions
         if pack.lengths and max(pack.lengths) > limit:
             raise ValueError(f"lengths: the longest is {max(pack.lengths)} tokens, the text tower takes {limit}")
-        return SizeClass.of(pack.lengths, SHORTEST_TEXT, limit), pack.lengths
-
-    def _text_inputs(self, pack: TextPack) -> _Inputs:
-        model = self._model
-        size, lengths = self._text_size(pack)
-        tables = SequenceLayout.tables(lengths, size).to(model.device)
+        size = SizeClass.of(pack.lengths, SHORTEST_TEXT, limit)
+        tables = SequenceLayout.tables(pack.lengths, size).to(model.device)
         ids_P = pack.to(model.device, non_blocking=True).ids_P
-        return _Inputs(size, tables, nn.functional.pad(ids_P, (0, size.num_tokens - len(ids_P))), lengths)
+        return _Inputs(size, tables, nn.functional.pad(ids_P, (0, size.num_tokens - len(ids_P))), pack.lengths)
 
     def _audio_layout(self, size: SizeClass, tables: Tables, lengths: Sequence[int]) -> AudioLayout:
         config = self._model.audio_tower.config
@@ -199,6 +179,9 @@ class TowerGraphs:
         return Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
 
     def _capture(self, side: Side, inputs: _Inputs) -> None:
+        """Unless it is known, or the side's memory is in use."""
+        if inputs.size in side.captures or side.is_busy():
+            return
         if len(self._audio.captures) + len(self._text.captures) >= self._most:
             if not self._has_told:
                 logger.warning("%d size classes are CUDA graphs; further ones run eagerly", self._most)
