@@ -5,10 +5,13 @@
     eager:     own rows cut out -> gathered -> loss -> their gradient
     replayed:  dummies' gradient zero -> tower, backwards -> added to `.grad`     backward graph of the class
 
-Each class is captured when it first comes up, after one eager pass with the same inputs that lets
-libraries and kernels make themselves ready. All classes of a side share one memory pool: what a forward graph leaves
-there is only good until the next one runs. Dropout draws from torch's generator, which hands each replay the numbers
-that an eager pass would have drawn; the preparations draw none. (Reference: PyTorch's notes on CUDA graphs.)
+Each class is captured when it first comes up, after one eager pass that lets libraries and kernels make themselves
+ready. All classes of a side share one memory pool: what a forward graph leaves there is only good until the next one
+runs. Dropout draws the numbers that an eager pass would draw from torch's generator; the preparations take none of
+them. (Reference: PyTorch's notes on CUDA graphs.)
+
+A tower's kernels leave parts of the device idle: few tokens all the time, many at the end of each kernel. So the two
+sides' graphs run beside each other, clips on a stream of their own, from log-mel to embeddings and backwards.
 
 Weights are read where they lie and gradients added where they lie, so neither may move: see distributed/flat.py.
 
@@ -18,7 +21,7 @@ Shapes: N sequences, P packed tokens, T mel frame slots, M mels, E embedding.
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 
 from model.attention import resolve_backend
 from model.audio_tower import AudioAttention
-from model.captures import Capture, Replay, Side, mend_broken_capture, new_pool
+from model.captures import Capture, Replay, Side, new_pool, outlive_broken_capture
 from model.dual import DualEncoder
 from model.packing import AudioLayout, AudioPack, SequenceLayout, TextPack, frames_of, tokens_of
 from model.sizes import SizeClass
@@ -76,14 +79,16 @@ def add_graphs(model: DualEncoder, wanted: str, keeps_gradients: bool) -> "Tower
     return model.graphs
 
 
-class _Inputs(NamedTuple):
-    """What a pass runs on, filled up to its class; tables and mel or ids are on the device."""
+class _Pass(NamedTuple):
+    """A pack and its size class. What goes to the device is made when it is asked for."""
 
+    side: Side
     size: SizeClass
-    tables: Tables
-    payload: Tensor
     lengths: Sequence[int]
     """In tokens, of the pack's own sequences."""
+    tables: Callable[[], Tables]
+    payload: Callable[[Tables], Tensor]
+    """Mel or ids, filled up."""
 
 
 class TowerGraphs:
@@ -99,8 +104,10 @@ class TowerGraphs:
         self._is_started = False
         self._params: list[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)  # gives replays a place in the history
-        self._stream = torch.cuda.Stream(model.device) if captures else None
-        self._audio, self._text = Side("audio", self._run_audio), Side("text", self._run_text)
+        self._audio = Side("audio", self._run_audio, self._blank_mel)
+        self._text = Side("text", self._run_text, self._blank_ids)
+        # With audio_readout=lm clips pass through the language model: both sides would add to the same gradients.
+        self._sides_are_apart = model.multi_modal_projector is None
         self._capture_s, self._num_captures, self._has_told = 0.0, 0, False
         self._num_tokens = self._num_dummies = 0
 
@@ -127,34 +134,68 @@ class TowerGraphs:
         """Embeddings of both packs, as DualEncoder gives them one by one.
 
         What is new among their classes is captured before either runs: should memory not do, no graph is in use whose
-        memory the eager passes would miss.
+        memory the eager passes would miss. Then texts, since they are ready: while the device is busy with them, the
+        host makes the clips' tables and launches their log-mel. Replays go beside each other.
         """
-        audio_inputs = None if audio is None else self._audio_inputs(audio)
-        text_inputs = None if text is None else self._text_inputs(text)
-        sides = ((self._audio, audio_inputs), (self._text, text_inputs))
-        for side, inputs in sides:
-            if inputs is not None and self._captures and self._is_started and torch.is_grad_enabled():
-                self._capture(side, inputs)
-        audio_BE, text_NE = (None if inputs is None else self._encode(side, inputs) for side, inputs in sides)
+        clips = None if audio is None else self._audio_pass(audio)
+        strings = None if text is None else self._text_pass(text)
+        for one in (clips, strings):
+            if one is not None and self._captures and self._is_started and torch.is_grad_enabled():
+                self._capture(one)
+        if clips is None or strings is None or not self._can_go_beside(clips, strings):
+            text_NE = None if strings is None else self._encode(strings)
+            return None if clips is None else self._encode(clips), text_NE
+        stream, beside = torch.cuda.current_stream(self._model.device), self._audio.stream
+        assert beside is not None
+        ready = stream.record_event()
+        text_NE = self._encode(strings)
+        with torch.cuda.stream(beside):
+            beside.wait_event(ready)
+            audio_BE = self._encode(clips, waiting=stream)
+        stream.wait_stream(beside)
+        audio_BE.record_stream(stream)
         return audio_BE, text_NE
 
-    def _audio_inputs(self, pack: AudioPack) -> _Inputs:
+    def _can_go_beside(self, *passes: _Pass) -> bool:
+        """Whether all are replays, which share nothing that they write."""
+        return self._sides_are_apart and all(one.size in one.side.captures and not one.side.is_busy() for one in passes)
+
+    def _audio_pass(self, pack: AudioPack) -> _Pass:
         model, config = self._model, self._model.audio_tower.config
         num_tokens = [tokens_of(count) for count in frames_of(pack.num_samples, config.max_frames)]
         size = SizeClass.of(num_tokens, SHORTEST_AUDIO, config.max_positions, config.pool)
-        tables = AudioLayout.tables(pack.num_samples, config.pool, config.max_frames, size).to(model.device)
-        with torch.no_grad():
-            mel_TM = model.mel(pack.to(model.device, non_blocking=True), self._audio_layout(size, tables, num_tokens))
-        return _Inputs(size, tables, mel_TM, num_tokens)
 
-    def _text_inputs(self, pack: TextPack) -> _Inputs:
+        def tables() -> Tables:
+            return AudioLayout.tables(pack.num_samples, config.pool, config.max_frames, size).to(model.device)
+
+        @torch.no_grad()
+        def mel(tables: Tables) -> Tensor:
+            layout = self._audio_layout(size, tables, num_tokens)
+            return model.mel(pack.to(model.device, non_blocking=True), layout)
+
+        return _Pass(self._audio, size, num_tokens, tables, mel)
+
+    def _text_pass(self, pack: TextPack) -> _Pass:
         model, limit = self._model, self._model.language_model.config.max_positions
         if pack.lengths and max(pack.lengths) > limit:
             raise ValueError(f"lengths: the longest is {max(pack.lengths)} tokens, the text tower takes {limit}")
         size = SizeClass.of(pack.lengths, SHORTEST_TEXT, limit)
-        tables = SequenceLayout.tables(pack.lengths, size).to(model.device)
-        ids_P = pack.to(model.device, non_blocking=True).ids_P
-        return _Inputs(size, tables, nn.functional.pad(ids_P, (0, size.num_tokens - len(ids_P))), pack.lengths)
+
+        def tables() -> Tables:
+            return SequenceLayout.tables(pack.lengths, size).to(model.device)
+
+        def ids(_: Tables) -> Tensor:
+            ids_P = pack.to(model.device, non_blocking=True).ids_P
+            return nn.functional.pad(ids_P, (0, size.num_tokens - len(ids_P)))
+
+        return _Pass(self._text, size, pack.lengths, tables, ids)
+
+    def _blank_mel(self, size: SizeClass) -> Tensor:
+        model = self._model
+        return torch.zeros(size.num_slots, model.audio_tower.config.num_mels, device=model.device)
+
+    def _blank_ids(self, size: SizeClass) -> Tensor:
+        return torch.zeros(size.num_tokens, dtype=torch.int64, device=self._model.device)
 
     def _audio_layout(self, size: SizeClass, tables: Tables, lengths: Sequence[int]) -> AudioLayout:
         config = self._model.audio_tower.config
@@ -167,8 +208,11 @@ class TowerGraphs:
         filled = size.filled(lengths)
         return self._model.embed_ids(TextPack(ids_P, filled), SequenceLayout.of(tables, filled, size))
 
-    def _encode(self, side: Side, inputs: _Inputs) -> Tensor:
-        size, tables, payload, lengths = inputs
+    def _encode(self, one: _Pass, waiting: "torch.cuda.Stream | None" = None) -> Tensor:
+        """waiting: see `Replay`."""
+        side, size, lengths = one.side, one.size, one.lengths
+        tables = one.tables()
+        payload = one.payload(tables)
         self._num_tokens += sum(lengths)
         self._num_dummies += size.num_tokens - sum(lengths)
         capture = side.captures.get(size)
@@ -176,33 +220,34 @@ class TowerGraphs:
             return side.run(size, tables, payload, lengths)[: len(lengths)]
         if not torch.is_grad_enabled():  # the first of two passes: what it leaves in the memory pool is for nobody
             return capture.replay_forward(tables.flat, payload, len(lengths))
-        return Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths))
+        return Replay.apply(self._anchor, capture, tables.flat, payload, len(lengths), waiting)
 
-    def _capture(self, side: Side, inputs: _Inputs) -> None:
+    def _capture(self, one: _Pass) -> None:
         """Unless it is known, or the side's memory is in use."""
-        if inputs.size in side.captures or side.is_busy():
+        side, size = one.side, one.size
+        if size in side.captures or side.is_busy():
             return
         if len(self._audio.captures) + len(self._text.captures) >= self._most:
             if not self._has_told:
                 logger.warning("%d size classes are CUDA graphs; further ones run eagerly", self._most)
                 self._has_told = True
             return
-        size = inputs.size
         began, device = time.perf_counter(), self._model.device
-        assert self._stream is not None
         side.make_room(size, device)
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         if side.pool is None:
             side.pool = new_pool()
+        if side.stream is None:
+            side.stream, side.generator = torch.cuda.Stream(device), torch.Generator(device)
         failure = None
         try:
-            side.captures[size] = Capture(side, size, inputs.tables, inputs.payload, self._params, self._stream)
+            side.captures[size] = Capture(side, size, one.tables(), self._params)
         except torch.OutOfMemoryError as error:
             failure = f"{type(error).__name__}: {error}"
         except RuntimeError as error:  # something that cannot be recorded
-            mend_broken_capture(device)
+            outlive_broken_capture()
             failure = f"{type(error).__name__}: {error}"
         if failure is not None:  # here, where no exception holds the frames and their tensors any more
             self.give_up(failure)

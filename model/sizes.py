@@ -44,8 +44,9 @@ class SizeClass:
         """The class of a pack. The longest sequence is rounded up to a power of two, within `shortest` and `limit`."""
         max_len = min(max(shortest, 1 << (int(max(lengths, default=1)) - 1).bit_length()), limit)
         num_tokens = rounded_up(int(sum(lengths)) + 1)  # a dummy token at least, for pooled tokens that are left over
+        num_pooled = sum(max(1, length // pool) for length in lengths)
         size = cls(num_tokens, -(-num_tokens // _FEWEST_SEQUENCES), max_len, pool)
-        while not size.holds(lengths):
+        while not size._holds(len(lengths), int(sum(lengths)), num_pooled):
             size = cls(num_tokens, 2 * size.num_sequences, max_len, pool)
         return size
 
@@ -65,11 +66,14 @@ class SizeClass:
 
     def holds(self, lengths: Sequence[int]) -> bool:
         """Whether dummies within max_len fill this class up behind sequences of these lengths."""
-        pooled = sum(max(1, length // self.pool) for length in lengths)
-        num_free = self.num_sequences - len(lengths)
+        num_pooled = sum(max(1, length // self.pool) for length in lengths)
+        return self._holds(len(lengths), int(sum(lengths)), num_pooled)
+
+    def _holds(self, num_sequences: int, num_tokens: int, num_pooled: int) -> bool:
+        num_free = self.num_sequences - num_sequences
         return (
-            num_free * self.max_len >= self.num_tokens - sum(lengths)
-            and num_free * self.max_pooled >= self.num_pooled - pooled >= 0
+            num_free * self.max_len >= self.num_tokens - num_tokens
+            and num_free * self.max_pooled >= self.num_pooled - num_pooled >= 0
         )
 
     def filled(self, lengths: Sequence[int]) -> list[int]:

@@ -149,7 +149,9 @@ def test_a_capture_that_fails_leaves_training_eager_and_right(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "MemPool", type("MemPool", (), {}))
     graphs = model.graphs = TowerGraphs(model, captures=False)
-    graphs._captures, graphs._stream = True, object()
+    graphs._captures = True
+    for side in (graphs._audio, graphs._text):
+        side.stream = object()  # type: ignore[assignment]
     graphs.start()
     for _ in range(2):
         found = results(model, *inputs)
@@ -199,7 +201,7 @@ def zero(model: DualEncoder) -> None:
             param.grad.zero_()
 
 
-def step(model: DualEncoder, audio: AudioPack, text: TextPack, seed: int | None = None) -> tuple[Tensor, Tensor]:
+def step(model: DualEncoder, audio: AudioPack, text: TextPack, seed: int | None = None) -> Tensor:
     """Embeddings, one below the other; gradients are added."""
     if seed is not None:
         torch.cuda.manual_seed(seed)
@@ -252,6 +254,30 @@ def test_replays_give_what_eager_passes_give_dropout_included(dropout, wide_arch
     step(model, *packs, seed=1)  # adds
     assert_alike(gradients(model), 2 * eager_grad)
     torch.testing.assert_close(gradients(model).norm(), 2 * eager_grad.norm(), rtol=1e-2, atol=0.0)
+
+
+@needs_gpu
+def test_packs_beside_each_other_give_what_they_give_one_after_the_other(
+    wide_architectures, packs, monkeypatch
+) -> None:
+    """Dropout included: either side's graph draws its own numbers, also while the other one runs."""
+    model = on_gpu(wide_architectures, 0.3)
+    model.graphs = graphs = TowerGraphs(model)
+    graphs.start()
+    step(model, *packs)
+    found = []
+    for beside in (True, False):
+        if not beside:
+            monkeypatch.setattr(graphs, "_can_go_beside", lambda *_: False)
+        torch.cuda.manual_seed(3)
+        rows = []
+        for _ in range(20):
+            zero(model)
+            rows.append(torch.cat([step(model, *packs).flatten(), gradients(model)]))
+        found.append(torch.stack(rows))
+    assert graphs.num_captures == 2
+    assert len(found[0].unique(dim=0)) == 20
+    torch.testing.assert_close(found[1], found[0], rtol=0.0, atol=0.0)
 
 
 @needs_gpu
