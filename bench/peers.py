@@ -9,6 +9,11 @@ Both pad audio to 30 s, as transformers insists. A peer runs in a process of its
 fit beside each other) and prints one JSON line a setting:
 
     python bench/peers.py tuned --budget_s 30 16 32 64+ 128+        (clips; + with checkpointing)
+    python bench/peers.py tuned --in_loop 16 32                     features made in the loop, between the steps
+
+Without --in_loop a few batches lie ready on the device and take turns, as on our side: nothing but steps is done from
+the first to the last, which is the peers' best. With it each step has a batch of its own, whose features the training
+process makes just before: not timed either, but the steps are slower for it.
 
 Before any timing it is compared with our model at small shapes, dropout off: see bench/peer_parity.py.
 
@@ -167,10 +172,10 @@ def prepare(drawn: Drawn, peer: Peer, shapes: Shapes, extractor: WhisperFeatureE
 
 
 def measure_peer(
-    peer: Peer, shapes: Shapes, num_clips: int, checkpointing: bool, budget_s: float
+    peer: Peer, shapes: Shapes, num_clips: int, checkpointing: bool, budget_s: float, in_loop: bool = False
 ) -> dict[str, float | int | bool | str | None]:
     """Median step over as many steps as fit the budget, at most 20. Features lie on the device before the clock
-    starts; log-mel is not in the peers' time."""
+    starts; log-mel is not in the peers' time. in_loop: made before each step, for a batch of its own."""
     device = peer.audio_head.weight.device
     peer.train()
     peer.set_checkpointing(checkpointing)
@@ -178,7 +183,11 @@ def measure_peer(
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=peer.kind == "tuned")
     extractor = WhisperFeatureExtractor(feature_size=shapes.audio["num_mel_bins"])
     generator = torch.Generator().manual_seed(0)
-    prepared = [prepare(draw(num_clips, generator), peer, shapes, extractor) for _ in range(NUM_BATCHES)]
+
+    def next_batch() -> Prepared:
+        return prepare(draw(num_clips, generator), peer, shapes, extractor)
+
+    ready = [] if in_loop else [next_batch() for _ in range(NUM_BATCHES)]
     times: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -187,7 +196,7 @@ def measure_peer(
         is_late = time.perf_counter() - begun > budget_s
         if is_late and len(times) >= LEAST_STEPS:
             break
-        batch = prepared[step % NUM_BATCHES]
+        batch = next_batch() if in_loop else ready[step % NUM_BATCHES]
         synchronize(device)
         started = time.perf_counter()
         with peer.autocast():
@@ -213,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=("stock", "tuned"))
     parser.add_argument("settings", nargs="+", help="clips a step; + after it with checkpointing")
     parser.add_argument("--budget_s", type=float, default=20.0, help="seconds a setting")
+    parser.add_argument("--in_loop", action="store_true", help="make each batch just before its step, not timed")
     parser.add_argument("--unchecked", action="store_true", help="for memory alone: leave the check of parity out")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
@@ -233,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         clips, checkpointing = int(setting.rstrip("+")), setting.endswith("+")
         found: dict[str, Any] = {"peer": args.kind, "clips": clips, "checkpointing": checkpointing}
         try:
-            found = measure_peer(peer, shapes, clips, checkpointing, args.budget_s)
+            found = measure_peer(peer, shapes, clips, checkpointing, args.budget_s, args.in_loop)
         except torch.OutOfMemoryError:
             found["out_of_memory"] = True
         print(json.dumps(found), flush=True)

@@ -1,7 +1,12 @@
 """A peer's step at tiny shapes; that it computes what our step does is in test_peer_parity.py."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
+from bench import peers
+from bench.drawn import Drawn
 from bench.ours import Shapes
 from bench.peers import Peer, measure_peer, objective, pad_ids
 
@@ -27,6 +32,22 @@ def test_a_setting_is_measured_within_its_budget() -> None:
     found = measure_peer(Peer("tuned", shapes, CPU, torch.float32), shapes, 1, True, budget_s=0.0)
     assert found["steps"] == 3
     assert found["clips_per_s"] == 1 / found["seconds"]
+
+
+@pytest.mark.parametrize(("in_loop", "num_batches"), [(False, peers.NUM_BATCHES), (True, peers.WARMUP + 3)])
+def test_batches_take_turns_or_are_made_for_each_step(in_loop, num_batches, monkeypatch) -> None:
+    drawn = []
+
+    def prepare(one: Drawn, *others: object) -> peers.Prepared:
+        drawn.append(one)
+        return make(one, *others)
+
+    make: Callable[..., peers.Prepared] = peers.prepare
+    monkeypatch.setattr(peers, "prepare", prepare)
+    shapes = Shapes.of(tiny=True)
+    measure_peer(Peer("tuned", shapes, CPU, torch.float32), shapes, 1, False, budget_s=0.0, in_loop=in_loop)
+    assert len(drawn) == num_batches
+    assert len({one.waves[0].sum().item() for one in drawn}) == num_batches
 
 
 def test_objective_of_perfect_embeddings_is_near_zero() -> None:
