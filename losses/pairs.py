@@ -5,10 +5,8 @@ Pairs grow with the batch, masks with its square: at 32,768 clips and as many te
 Shapes: B clips of this rank, G of all ranks, U unique terms owned by this rank, N of all ranks, P pairs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import accumulate
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +47,8 @@ class LocalRelations:
 
 @dataclass(frozen=True)
 class LocalPairs:
-    """What `LocalRelations` says, in as many numbers as there are clips, terms and pairs. This rank's rows start at
-    `first_clip` and `first_term` among those of all."""
+    """What `LocalRelations` says, in as many numbers as there are clips, terms and pairs. On the device; the rows of
+    this rank start at `first_clip` and `first_term` among those of all."""
 
     first_clip: int
     first_term: int
@@ -69,19 +67,6 @@ class LocalPairs:
     term_log_count_N: Tensor
     first_copy_N: Tensor
     own_term_rows_U: Tensor
-
-    def to(self, device: torch.device | str) -> "LocalPairs":
-        """All of it on the device, in one copy."""
-        kept = {field.name: getattr(self, field.name) for field in fields(self)}
-        tables = [x for value in kept.values() for x in (value if isinstance(value, Pairs) else (value,))]
-        moved = iter(ship_together([table for table in tables if isinstance(table, Tensor)], device))
-        changed: dict[str, Any] = {}
-        for name, value in kept.items():
-            if isinstance(value, Pairs):
-                changed[name] = Pairs(next(moved), next(moved))
-            elif isinstance(value, Tensor):
-                changed[name] = next(moved)
-        return replace(self, **changed)
 
     @property
     def text_id_B(self) -> Tensor:
@@ -152,35 +137,3 @@ def ship(table: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and not table.is_cuda:
         table = table.pin_memory()
     return table.to(device, non_blocking=True)
-
-
-_ALIGNMENT = 16
-"""Bytes: a table may begin where any dtype may."""
-
-
-def ship_together(tables: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """CPU tensors of any dtypes and shapes on the device, in one copy: each costs the host as much as a large one."""
-    if torch.device(device).type == "cpu":
-        return list(tables)
-    return apart(ship(joined(tables), device), tables)
-
-
-def joined(tables: Sequence[Tensor]) -> Tensor:
-    """Their bytes one after another, uint8."""
-    starts = _starts(tables)
-    bytes_U8 = torch.empty(starts[-1], dtype=torch.uint8)
-    for start, table in zip(starts, tables, strict=False):
-        bytes_U8[start : start + table.nbytes] = table.contiguous().view(-1).view(torch.uint8)
-    return bytes_U8
-
-
-def apart(bytes_U8: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What `joined` made of tensors of these dtypes and shapes: views."""
-    return [
-        bytes_U8[start : start + table.nbytes].view(table.dtype).view(table.shape)
-        for start, table in zip(_starts(like), like, strict=False)
-    ]
-
-
-def _starts(tables: Sequence[Tensor]) -> list[int]:
-    return list(accumulate((-(-table.nbytes // _ALIGNMENT) * _ALIGNMENT for table in tables), initial=0))

@@ -24,7 +24,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from losses.pairs import LocalPairs, LocalRelations, Pairs, equal_pairs, pair_mask
+from losses.pairs import LocalPairs, LocalRelations, Pairs, equal_pairs, pair_mask, ship
 
 NO_TEXT = 0  # text_key of a clip without text
 
@@ -189,7 +189,7 @@ class Relations:
         return self.local_pairs(rank, device).dense()
 
     def local_pairs(self, rank: int = 0, device: torch.device | str = "cpu") -> LocalPairs:
-        """The rows of `rank`, sparse, on the device."""
+        """The rows of `rank`, sparse."""
         clips, terms = self.clips_of(rank), self.terms_of(rank)
         num_positives_G = torch.bincount(self.positive_clip_P, minlength=self.num_clips)
         has_text_G, has_positive_G = self.text_keys_G != NO_TEXT, num_positives_G > 0
@@ -197,34 +197,33 @@ class Relations:
 
         def share_of_mean(counts_G: Tensor, rows: range) -> Tensor:
             weight_G = counts_G.double() / max(int(counts_G.sum()), 1)
-            return weight_G[rows.start : rows.stop]
+            return ship(weight_G[rows.start : rows.stop], device)
 
         _, text_id_G, num_same_text = torch.unique(self.text_keys_G, return_inverse=True, return_counts=True)
         m_P = self.counts_N[self.positive_term_P].double()
         total_G = torch.zeros(self.num_clips, dtype=torch.float64).index_add_(0, self.positive_clip_P, m_P)
         share_P = m_P / total_G[self.positive_clip_P]
         own_P = (self.positive_clip_P >= clips.start) & (self.positive_clip_P < clips.stop)
-        pairs = LocalPairs(
+        return LocalPairs(
             first_clip=clips.start,
             first_term=terms.start,
             is_whole=len(self.clip_starts) == 2,
-            text_id_G=text_id_G.masked_fill(~has_text_G, -1).int(),
-            num_same_text_G=num_same_text[text_id_G].masked_fill(~has_text_G, 0),
+            text_id_G=ship(text_id_G.masked_fill(~has_text_G, -1).int(), device),
+            num_same_text_G=ship(num_same_text[text_id_G].masked_fill(~has_text_G, 0), device),
             audio_text_weight_B=share_of_mean(has_text_G, clips),
-            positives_BN=_own_rows(clips, self.positive_clip_P, self.positive_term_P),
-            positive_share_P=share_P[own_P],
-            ignored_BN=_own_rows(clips, self.ignored_clip_I, self.ignored_term_I),
+            positives_BN=_own_rows(clips, self.positive_clip_P, self.positive_term_P).to(device),
+            positive_share_P=ship(share_P[own_P], device),
+            ignored_BN=_own_rows(clips, self.ignored_clip_I, self.ignored_term_I).to(device),
             audio_term_weight_B=share_of_mean(has_positive_G, clips),
             no_term_weight_B=share_of_mean(~has_positive_G, clips),
-            positives_UG=_own_rows(terms, self.positive_term_P, self.positive_clip_P),
-            ignored_UG=_own_rows(terms, self.ignored_term_I, self.ignored_clip_I),
+            positives_UG=_own_rows(terms, self.positive_term_P, self.positive_clip_P).to(device),
+            ignored_UG=_own_rows(terms, self.ignored_term_I, self.ignored_clip_I).to(device),
             term_audio_weight_U=share_of_mean(self.counts_N, terms),
             # A term that no clip carries (a mined negative embedded with the batch) stands as one column.
-            term_log_count_N=self.counts_N.clamp(min=1).double().log(),
-            first_copy_N=self.first_copy_N,
-            own_term_rows_U=own_first_copy_U - self.term_row_starts[rank],
+            term_log_count_N=ship(self.counts_N.clamp(min=1).double().log(), device),
+            first_copy_N=ship(self.first_copy_N, device),
+            own_term_rows_U=ship(own_first_copy_U - self.term_row_starts[rank], device),
         )
-        return pairs.to(device)
 
 
 def _own_rows(rows: range, row_ids: Tensor, column_ids: Tensor) -> Pairs:
