@@ -223,7 +223,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="+", help="clips a step; + after it with checkpointing")
     parser.add_argument("--budget_s", type=float, default=20.0, help="seconds a setting")
     parser.add_argument("--in_loop", action="store_true", help="make each batch just before its step, not timed")
-    parser.add_argument("--unchecked", action="store_true", help="for memory alone: leave the check of parity out")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
     from bench.peer_parity import compare  # which needs this module
@@ -232,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
 
     device = bench_device()
-    if not args.unchecked:
-        print(json.dumps({"parity": compare(args.kind, device)}), flush=True)
+    print(json.dumps({"parity": compare(args.kind, device)}), flush=True)
     started = time.perf_counter()
     shapes, dtype = Shapes.of(args.tiny), torch.bfloat16 if device.type == "cuda" else torch.float32
     peer = Peer(args.kind, shapes, device, dtype)

@@ -58,6 +58,10 @@ class Side:
     def is_busy(self) -> bool:
         return self.in_use is not None and self.in_use() is not None
 
+    def ready(self, size: SizeClass) -> "Capture | None":
+        """What can be replayed now."""
+        return None if self.is_busy() else self.captures.get(size)
+
 
 class _Ticket:
     """Held by an embedding's history: while it lives, the side's memory is not to be written."""

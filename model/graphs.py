@@ -158,7 +158,7 @@ class TowerGraphs:
 
     def _can_go_beside(self, *passes: _Pass) -> bool:
         """Whether all are replays, which share nothing that they write."""
-        return self._sides_are_apart and all(one.size in one.side.captures and not one.side.is_busy() for one in passes)
+        return self._sides_are_apart and all(one.side.ready(one.size) is not None for one in passes)
 
     def _audio_pass(self, pack: AudioPack) -> _Pass:
         model, config = self._model, self._model.audio_tower.config
@@ -215,8 +215,8 @@ class TowerGraphs:
         payload = one.payload(tables)
         self._num_tokens += sum(lengths)
         self._num_dummies += size.num_tokens - sum(lengths)
-        capture = side.captures.get(size)
-        if capture is None or side.is_busy():
+        capture = side.ready(size)
+        if capture is None:
             return side.run(size, tables, payload, lengths)[: len(lengths)]
         if not torch.is_grad_enabled():  # the first of two passes: what it leaves in the memory pool is for nobody
             return capture.replay_forward(tables.flat, payload, len(lengths))

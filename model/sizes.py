@@ -46,7 +46,7 @@ class SizeClass:
         num_tokens = rounded_up(int(sum(lengths)) + 1)  # a dummy token at least, for pooled tokens that are left over
         num_pooled = sum(max(1, length // pool) for length in lengths)
         size = cls(num_tokens, -(-num_tokens // _FEWEST_SEQUENCES), max_len, pool)
-        while not size._holds(len(lengths), int(sum(lengths)), num_pooled):
+        while not size.holds(len(lengths), int(sum(lengths)), num_pooled):
             size = cls(num_tokens, 2 * size.num_sequences, max_len, pool)
         return size
 
@@ -64,12 +64,8 @@ class SizeClass:
         """Mel slots: a clip of t tokens takes 2 t + 4, or two fewer at the tower's reach (see model/packing.py)."""
         return 2 * self.num_tokens + 4 * self.num_sequences
 
-    def holds(self, lengths: Sequence[int]) -> bool:
-        """Whether dummies within max_len fill this class up behind sequences of these lengths."""
-        num_pooled = sum(max(1, length // self.pool) for length in lengths)
-        return self._holds(len(lengths), int(sum(lengths)), num_pooled)
-
-    def _holds(self, num_sequences: int, num_tokens: int, num_pooled: int) -> bool:
+    def holds(self, num_sequences: int, num_tokens: int, num_pooled: int) -> bool:
+        """Whether dummies within max_len fill this class up behind so many sequences of so many tokens in all."""
         num_free = self.num_sequences - num_sequences
         return (
             num_free * self.max_len >= self.num_tokens - num_tokens

@@ -71,7 +71,7 @@ def test_towers_with_adapters_and_dropout(device, write_qwen2_audio, make_pack):
     assert found[0].keys() == found[2].keys()
     for other in found[1:]:
         for name, grad in other.items():
-            torch.testing.assert_close(grad, found[0][name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(grad, found[0][name], rtol=1e-4, atol=1e-6 if device == "cpu" else 1e-5)
 
 
 @pytest.mark.parametrize(("num_recomputed", "parks"), [(2, False), (2, True), (4, True)])
