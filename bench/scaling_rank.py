@@ -3,8 +3,9 @@
     torchrun --nproc_per_node=8 bench/scaling_rank.py --clips 16 256 --kept DIR [--tiny]
 
 Checks, dropout off: the gradients of all ranks, summed, are those of one rank with the whole batch (which a run with
-one rank has left in DIR), with the flat all-reduce and with the plain one; and DistributedDataParallel over the same
-model finds the same. Sides on the clock: ours; on a GPU ours without CUDA graphs too, as DDP has to be; DDP.
+one rank has left in DIR), with the flat all-reduce and with the plain one; so are adapters, heads and temperature after
+some steps; and DistributedDataParallel over the same model finds the same. Sides on the clock: ours; on a GPU ours
+without CUDA graphs too, as DDP has to be; DDP.
 """
 
 import sys
@@ -36,7 +37,7 @@ from distributed import processes
 from distributed.atomic import read_tensors, write_tensors
 from distributed.collectives import agree, barrier
 from distributed.gradsync import sync_gradients
-from distributed.processes import World
+from distributed.processes import World, ranks_per_gpu
 from losses.settings import LossSettings
 from model.build import Built
 
@@ -44,6 +45,7 @@ OBJECTIVE = LossSettings(learn_temperature=True)
 """A run's own, hard negatives of the batch included; the temperature learns, so that its gradient is compared too."""
 TIME_LIMIT_S = 60.0  # of a collective
 CHECKED_CLIPS, CHECKED_CLIPS_AT_FULL_SIZE = 16, 64  # of all ranks together
+CHECKED_STEPS = 4
 MOST_DDP_DIFFERENCE = {"cpu": 1e-5, "cuda": 1e-3}  # fp32; convolutions on a GPU may round to TF32
 
 
@@ -111,21 +113,33 @@ def summed_gradients(training: Training, fed: FedBatch) -> dict[str, Tensor]:
     return {name: param.grad.clone() for name, param in training.named if param.grad is not None}
 
 
+def train(training: Training, fed: FedBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By name: what some steps on a batch lead to, and how far from where they started."""
+    before = {name: param.detach().clone() for name, param in training.named}
+    for _ in range(CHECKED_STEPS):
+        training.step(fed)
+    after = {name: param.detach().clone() for name, param in training.named}
+    return after, {name: value - before[name] for name, value in after.items()}
+
+
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Of all gradients as one vector: the norm of the difference over the norm, and the cosine. Of the tensors: the
-    largest difference within one, of its largest value, which is more where a gradient nearly cancels out."""
+    """Of all tensors as one vector: the norm of the difference over the norm, and the cosine. The largest difference
+    within one tensor, of its largest value, which is more where a gradient nearly cancels out. The temperature's
+    difference, of its own value."""
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     differences, ours, theirs = [], [], []
     for name, value in expected.items():
         own, other = found[name].detach().double().cpu().flatten(), value.detach().double().cpu().flatten()
-        assert float(other.abs().max()) > 0, f"the gradient of {name} is zero: its comparison says nothing"
+        assert float(other.abs().max()) > 0, f"{name} is zero: its comparison says nothing"
         differences.append(float((own - other).abs().max() / other.abs().max()))
         ours.append(own)
         theirs.append(other)
     one, other = torch.cat(ours), torch.cat(theirs)
     cosine = torch.nn.functional.cosine_similarity(one, other, dim=0)
     difference = (one - other).norm() / other.norm()
-    return {"difference": float(difference), "cosine": float(cosine), "within_a_tensor": max(differences)}
+    temperature = differences[list(expected).index("log_inv_temperature")]
+    return {"difference": float(difference), "cosine": float(cosine), "within_a_tensor": max(differences),
+            "temperature": temperature}  # fmt: skip
 
 
 def against_one_rank(kept: Path, name: str, world: World, found: dict[str, Tensor]) -> dict[str, Any]:
@@ -139,7 +153,8 @@ def against_one_rank(kept: Path, name: str, world: World, found: dict[str, Tenso
 
 
 def check_small(world: World, kept: Path) -> list[dict[str, Any]]:
-    """fp32, small shapes: N ranks against one, flat and plain; DDP against ours. RuntimeError where DDP differs."""
+    """fp32, small shapes: N ranks against one, flat and plain, and after steps; DDP against ours. RuntimeError where DDP
+    differs."""
     shapes, lines = Shapes.of(tiny=True), []
     torch.manual_seed(0)
     built = build(shapes, world.device, without_dropout(), torch.float32)
@@ -159,7 +174,17 @@ def check_small(world: World, kept: Path) -> list[dict[str, Any]]:
             raise RuntimeError(
                 f"gradients of DDP differ by {theirs['difference']:.1e} from ours (allowed {most:g}): no time compares"
             )
-    return lines
+        built.model.zero_grad(set_to_none=True)
+    return lines + check_trained(world, kept, "fp32", Training(built, OBJECTIVE, True, "off", world), fed)
+
+
+def check_trained(world: World, kept: Path, dtype: str, training: Training, fed: FedBatch) -> list[dict[str, Any]]:
+    """Adapters, heads and temperature after steps: N ranks against one."""
+    after, moved = train(training, fed)
+    return [
+        against_one_rank(kept, f"{dtype}, after {CHECKED_STEPS} steps", world, after),
+        against_one_rank(kept, f"{dtype}, after {CHECKED_STEPS} steps, their way", world, moved),
+    ]
 
 
 def time_side(training: Training, fed: list[FedBatch], steps: int) -> dict[str, Any]:
@@ -225,11 +250,14 @@ def run(world: World, sizes: Sequence[int], kept: Path, tiny: bool) -> None:
     if is_cuda:
         wake_adapters(built.model.eval())  # without dropout
         training = Training(built, OBJECTIVE, True, "off", world, wire_dtype)
-        gradients = summed_gradients(training, batch_of_rank(shapes, world, CHECKED_CLIPS_AT_FULL_SIZE, seed=2))
-        tell(against_one_rank(kept, "bf16, flat", world, gradients))
+        fed_once = batch_of_rank(shapes, world, CHECKED_CLIPS_AT_FULL_SIZE, seed=2)
+        tell(against_one_rank(kept, "bf16, flat", world, summed_gradients(training, fed_once)))
+        for line in check_trained(world, kept, "bf16", training, fed_once):
+            tell(line)
         built.model.train()
-        del training, gradients
+        del training, fed_once
     torch.manual_seed(1 + world.rank)  # dropout differs between ranks
+    few = tiny or ranks_per_gpu() > 1  # steps of ranks that share a GPU say nothing but that they work
     sides = {"ours": "auto", **({"ours, no graphs": "off"} if is_cuda else {}), "DDP": ""}
     for side, graphs in sides.items():
         if side == "DDP" and world.world_size == 1:
@@ -244,9 +272,9 @@ def run(world: World, sizes: Sequence[int], kept: Path, tiny: bool) -> None:
             found: dict[str, Any] = {"side": side, "ranks": world.world_size, "clips": size}
             fed = [
                 batch_of_rank(shapes, world, size * world.world_size, seed=3 + i)
-                for i in range(2 if tiny else NUM_BATCHES)
+                for i in range(2 if few else NUM_BATCHES)
             ]
-            found |= time_side(training, fed, 3 if tiny else 12)
+            found |= time_side(training, fed, 3 if few else 12)
             if side == "ours":
                 found["expected"] = expected_bytes(training, fed[0])
             tell(found)

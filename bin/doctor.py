@@ -43,6 +43,7 @@ from data.drops import DropLog
 from data.reader import AudioReader
 from data.records import find_file, iterate_records
 from data.settings import DataSettings
+from distributed.processes import ranks_per_gpu
 from model.attention import SHORT, resolve_backend
 
 State = Literal["ok", "warn", "fail"]
@@ -153,7 +154,7 @@ def needed_gib(config: Config, num_gpus: int) -> float | None:
     if model.trainable == "full":
         return None
     clips = config.train.batch_size / config.train.grad_accum_steps / num_gpus
-    return TOWERS_GIB + clips * (GIB_A_CLIP_CHECKPOINTED if model.checkpointing else GIB_A_CLIP)
+    return ranks_per_gpu() * TOWERS_GIB + clips * (GIB_A_CLIP_CHECKPOINTED if model.checkpointing else GIB_A_CLIP)
 
 
 def check_gpus(config: Config) -> Iterator[Finding]:

@@ -28,7 +28,7 @@ from bin.datasets import load_datasets
 from bin.ending import tell_error
 from bin.rundir import choose_run_dir
 from data.records import find_file
-from distributed.processes import World
+from distributed.processes import World, ranks_per_gpu
 
 GIB = 2**30
 # Three checkpoints of adapters (r = 16) with optimizer state, the best and the final model twice, logs: about 2 GiB.
@@ -47,7 +47,8 @@ def check_files(config: Config) -> None:
 
 
 def check_devices(config: Config, processes: int) -> None:
-    """As many GPUs as processes here, seen by torch and not only by the driver. Raises ValueError with the remedy."""
+    """A GPU for each process here, or a share of one where that is wished, seen by torch and not only by the driver.
+    Raises ValueError with the remedy."""
     if config.distributed.device == "cpu":
         return
     if not torch.cuda.is_available():
@@ -56,7 +57,7 @@ def check_devices(config: Config, processes: int) -> None:
         else:
             why = f"torch {torch.__version__} wants CUDA {torch.version.cuda}: a newer driver, or a visible GPU"
         raise ValueError(f"device: torch finds no GPU: {why}; --device cpu trains without")
-    if torch.cuda.device_count() < processes:
+    if torch.cuda.device_count() * ranks_per_gpu() < processes:
         raise ValueError(
             f"processes: {processes} were asked for, but torch sees {torch.cuda.device_count()} GPUs; set GPUS="
         )

@@ -24,6 +24,7 @@ from distributed import watch
 logger = logging.getLogger(__name__)
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SHARED = "EARMARK_RANKS_PER_GPU"  # how many processes a GPU is shared by, to rehearse NCCL where there are too few
 STOP_LIMIT_S = 10.0  # within torchrun's 30 s between SIGTERM and SIGKILL
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
@@ -84,6 +85,8 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        if ranks_per_gpu() > 1:
+            _share_gpu(rank)
     _follow_launcher()
     if world_size == 1:
         return World(rank, world_size, local_rank, chosen, "none", attempt)
@@ -139,6 +142,22 @@ def stop() -> None:
         logger.warning(
             "the process group did not close within %.0f s; leaving it to the end of the process", STOP_LIMIT_S
         )
+
+
+def ranks_per_gpu() -> int:
+    """1, or what EARMARK_RANKS_PER_GPU says."""
+    found = _env_int(SHARED, default=1)
+    if found < 1:
+        raise ValueError(f"{SHARED} is {found} in the environment; allowed: 1 or above")
+    return found
+
+
+def _share_gpu(rank: int) -> None:
+    """NCCL refuses two ranks on one GPU of one host; under other names of the host it takes them for two machines, and
+    they talk through sockets. All its calls, limits and failures are then real; its speed is not."""
+    os.environ["NCCL_HOSTID"] = f"earmark-rank-{rank}"
+    if rank == 0:
+        logger.warning("%s is %d: ranks share a GPU, by turns; for rehearsals, not for speed", SHARED, ranks_per_gpu())
 
 
 def _follow_launcher() -> None:
@@ -197,13 +216,13 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     """`auto`, `cpu` or `cuda` as the device of this process. ValueError when there is no such GPU."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local_rank >= count:
+    count, index = torch.cuda.device_count(), local_rank // ranks_per_gpu()
+    if index >= count:
         raise ValueError(
-            f"LOCAL_RANK is {local_rank} but this machine shows {count} GPUs; start at most {count} processes here "
-            "(torchrun --nproc-per-node), or set --device cpu"
+            f"LOCAL_RANK is {local_rank} but this machine shows {count} GPUs; start at most {count * ranks_per_gpu()} "
+            f"processes here (torchrun --nproc-per-node), or set --device cpu; {SHARED} lets several share a GPU"
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
 
 
 def _env_int(name: str, default: int | None = None) -> int:

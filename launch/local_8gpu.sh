@@ -13,6 +13,8 @@
 #   LOG_DIR         where train_YYYYMMDD_HHMMSS.log goes (default: logs)
 #   MIN_FREE_GIB    free memory that each GPU must have (default 6; the published towers alone take 15)
 #   DOCTOR          off: do not look the machine over with bin/doctor.py first
+#   EARMARK_RANKS_PER_GPU  processes that share each GPU (default 1): a rehearsal of eight ranks and NCCL where there are
+#                   fewer GPUs. They take turns and talk through sockets, so that it is slow; memory is shared too
 #   REHEARSE        processes of a rehearsal on the CPU: quickstart's towers and sample, 20 steps unless flags say otherwise
 #   NNODES          machines (default 1). Then the runs folder must be on a disk that all of them share, and each needs
 #     NODE_RANK       its number, from 0
@@ -108,6 +110,12 @@ if [[ -n "${REHEARSE:-}" ]]; then
     say "rehearsal: $processes processes on the CPU, tiny towers; figures say nothing about a GPU"
 else
     find_gpus
+    ranks_per_gpu="${EARMARK_RANKS_PER_GPU:-1}"
+    is_count "$ranks_per_gpu" || die "EARMARK_RANKS_PER_GPU=$ranks_per_gpu; allowed: a whole number above 0"
+    if ((ranks_per_gpu > 1)); then
+        processes=$((processes * ranks_per_gpu))
+        say "$processes processes, $ranks_per_gpu a GPU by turns: a rehearsal, slow by its nature"
+    fi
 fi
 
 # ---------------------------------------------------------------------------------------------- settings, data, memory

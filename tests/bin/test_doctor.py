@@ -78,6 +78,12 @@ def test_gpus_against_the_settings(
     assert bool(finding.remedy) == (state != "ok")
 
 
+def test_ranks_that_share_a_gpu_each_have_towers_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = doctor.needed_gib(Config(), 1)
+    monkeypatch.setenv("EARMARK_RANKS_PER_GPU", "3")
+    assert doctor.needed_gib(Config(), 1) == pytest.approx(alone + 2 * doctor.TOWERS_GIB)
+
+
 MEANT_FOR = {"gpu_24gb": (1, 24), "a100_40gb_x8": (8, 40), "h100_x8": (8, 80), "several_nodes": (32, 40)}  # GPUs, GiB
 
 

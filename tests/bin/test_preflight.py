@@ -77,6 +77,9 @@ def test_a_gpu_that_torch_does_not_see(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert preflight.main(["--processes", "2", "--", *flags("--device", "auto")]) == 2
     assert "torch sees 1 GPUs" in capsys.readouterr().err
+    monkeypatch.setenv("EARMARK_RANKS_PER_GPU", "2")
+    assert preflight.main(["--processes", "2", "--", *flags("--device", "auto")]) == 0
+    assert preflight.main(["--processes", "3", "--", *flags("--device", "auto")]) == 2
 
 
 def test_too_little_room(flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

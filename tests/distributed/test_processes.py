@@ -51,6 +51,23 @@ def test_asked_for_cuda_without_a_gpu_is_refused():
         processes.start("cuda")
 
 
+def test_ranks_share_a_gpu_only_where_that_is_wished(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv(processes.SHARED, raising=False)
+    assert processes.choose_device("auto", 1) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is 2 .* at most 2 processes.* EARMARK_RANKS_PER_GPU lets"):
+        processes.choose_device("auto", 2)
+    monkeypatch.setenv(processes.SHARED, "4")
+    assert [processes.choose_device("cuda", rank).index for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"LOCAL_RANK is 8 .* at most 8 processes"):
+        processes.choose_device("auto", 8)
+    for wrong, told in (("0", "is 0 in"), ("two", "is 'two' in")):
+        monkeypatch.setenv(processes.SHARED, wrong)
+        with pytest.raises(ValueError, match=f"EARMARK_RANKS_PER_GPU {told}"):
+            processes.choose_device("cuda", 0)
+
+
 def test_device_memory_grows_in_place_unless_the_environment_says_otherwise(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)

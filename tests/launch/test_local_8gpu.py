@@ -47,6 +47,16 @@ def test_several_machines(launcher: Launcher) -> None:
     assert training_flags(torchrun)[:2] == ["--resume", "auto"], "machines may be at different attempts"
 
 
+def test_ranks_may_share_the_gpus_there_are(launcher: Launcher) -> None:
+    launcher.gpus([40000] * 2)
+    plan = json.dumps({"run_dir": "runs/a"})
+    done = launcher(["bash", SCRIPT, *SAMPLE], PLAN=plan, EARMARK_RANKS_PER_GPU="4")
+    assert done.returncode == 0, done.stderr
+    assert "8 processes, 4 a GPU by turns" in done.stderr
+    (torchrun,) = launcher.torchruns()
+    assert "--nproc_per_node=8" in torchrun
+
+
 @pytest.mark.parametrize(
     ("variables", "free", "message", "remedy"),
     [
@@ -57,6 +67,7 @@ def test_several_machines(launcher: Launcher) -> None:
         ({"CUDA_VISIBLE_DEVICES": ""}, [40000], "CUDA_VISIBLE_DEVICES is empty", "unset it"),
         ({"REHEARSE": "no"}, [40000], "REHEARSE=no; allowed", ""),
         ({"RETRIES": "-1"}, [40000], "RETRIES=-1; allowed", ""),
+        ({"EARMARK_RANKS_PER_GPU": "0"}, [40000], "EARMARK_RANKS_PER_GPU=0; allowed", ""),
         ({"NNODES": "2"}, [40000], "NODE_RANK is not set", "Each machine needs"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "x"}, [40000], "NODE_RANK=2; allowed: 0 to 1", ""),
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "x"}, [40000], "needs --run_name", ""),
