@@ -4,11 +4,11 @@
 
 The batch grows with the ranks: each has `--clips`, dealt by length as the loader deals them, and negatives come from
 all. torchrun starts bench/scaling_rank.py for one number of ranks after the other, each with a time limit. Before any
-timing, gradients are compared, and what some steps train: those of N ranks with one rank's of the same batch, DDP's
-gradients with ours. Where there are several GPUs, NCCL joins one rank a GPU at the published 7B's shapes; with
-EARMARK_RANKS_PER_GPU=4 in the environment so many on each GPU, which then says what comes out and not how fast.
-Elsewhere gloo joins processes on the CPU at tiny shapes, which share its cores: then speed is told against cores, and
-no target holds.
+timing, gradients are compared, and what some steps train: those of N ranks with one rank's of the same batch, both in
+bf16 with one rank's in fp32, DDP's with ours. Where there are several GPUs, NCCL joins one rank a GPU at the published
+7B's shapes; with EARMARK_RANKS_PER_GPU=4 in the environment so many on each GPU, which then tells what comes out and
+not how fast. Elsewhere gloo joins processes on the CPU at tiny shapes, which share its cores: then speed is told
+against cores, and no target holds.
 
 Columns: `of linear` clips/s over ranks times those of one rank. `in collectives` time of the rank that waits least (the
 transfer) and most (and for others). `MB sent` by a rank in rings, embeddings and gradients; `of formula` the same over
@@ -33,6 +33,7 @@ import torch
 
 from bench.findings import Cell, Findings, run_alone
 from bench.limits import Limits
+from bench.scaling_parity import TO_FP32
 from bench.step import run_side
 from distributed.processes import ranks_per_gpu
 
@@ -41,7 +42,7 @@ CLIPS, CPU_CLIPS = (16, 256), (4,)
 """Of each rank. 16: the default batch of 128 over 8 GPUs, where communication weighs most; 256: a GPU that is full."""
 LIMIT_S = 150.0
 """Of all processes of one number of ranks."""
-LEAST_EFFICIENCY, MOST_DIFFERENCE, LEAST_COSINE = 0.97, 1e-6, 0.9999
+LEAST_EFFICIENCY, MOST_DIFFERENCE, LEAST_COSINE, MOST_EXCESS = 0.97, 1e-6, 0.9999, 1.25
 
 
 def launch(ranks: int, clips: Sequence[int], device: str, tiny: bool, kept: Path) -> list[dict[str, Any]]:
@@ -112,7 +113,7 @@ def tabulate(
             row["x DDP"] = rates[key] / rates["DDP", clips, ranks]
         found.rows.append(row)
     checked = [x for x in lines if "check" in x and x["ranks"] > 1]
-    for line in checked:
+    for line in [x for x in lines if x.get("check") == TO_FP32 and x["ranks"] == 1] + checked:
         found.notes.append(
             f"{line['check']}, {line['ranks']} ranks: {line['difference']:.1e} of the norm apart, within a tensor "
             f"{line['within_a_tensor']:.1e}, temperature {line['temperature']:.1e}, cosine 1 - {1 - line['cosine']:.1e}"
@@ -121,7 +122,7 @@ def tabulate(
 
     # Not judged: DDP, which the ranks themselves refuse to be timed beside, and the way of a few steps, in which Adam
     # makes whole steps of gradients that are little more than rounding.
-    judged = [x for x in checked if not x["check"].endswith(("DDP", "way"))]
+    judged = [x for x in checked if not x["check"].endswith(("DDP", "way", "fp32"))]
     small = max((x["difference"] for x in judged if x["check"].startswith("fp32")), default=None)
     found.check("N ranks and one, gradients and after steps, fp32", small, MOST_DIFFERENCE, "at most")
     if device == "cpu" or shares_gpus:
@@ -133,9 +134,17 @@ def tabulate(
         return
     cosine = min((x["cosine"] for x in judged if x["check"].startswith("bf16")), default=None)
     found.check("cosine of N ranks and one, gradients and after steps, bf16", cosine, LEAST_COSINE)
+    found.check("distance to the gradient in fp32, N ranks' over one's", _excess(lines), MOST_EXCESS, "at most")
     for clips in [] if shares_gpus else sizes:
         efficiency = linear.get(("ours", clips, most_ranks))
         found.check(f"of linear, {most_ranks} GPUs, {clips} clips each", efficiency, LEAST_EFFICIENCY)
+
+
+def _excess(lines: list[dict[str, Any]]) -> float | None:
+    """1 - cosine of the ranks' bf16 gradient to the one in fp32, over the same of one rank; the largest."""
+    distances = {x["ranks"]: 1 - x["cosine"] for x in lines if x.get("check") == TO_FP32}
+    others = [distance for ranks, distance in distances.items() if ranks > 1]
+    return max(others) / distances[1] if others and 1 in distances else None
 
 
 def _where(device: str) -> str:

@@ -33,8 +33,8 @@ def line(side: str, ranks: int, seconds: float, clips: int = 16) -> dict[str, An
             **({"expected": 1e6} if side == "ours" else {})}  # fmt: skip
 
 
-def check(name: str, difference: float, cosine: float) -> dict[str, Any]:
-    return {"check": name, "ranks": 8, "difference": difference, "within_a_tensor": 0.1, "temperature": 1e-3,
+def check(name: str, difference: float, cosine: float, ranks: int = 8) -> dict[str, Any]:
+    return {"check": name, "ranks": ranks, "difference": difference, "within_a_tensor": 0.1, "temperature": 1e-3,
             "cosine": cosine}  # fmt: skip
 
 
@@ -43,10 +43,12 @@ CHECKS = [
     check("fp32, after 4 steps, their way", 0.1, 0.9), check("fp32, DDP", 0.2, 0.8),
     check("bf16, flat", 1e-2, 0.99995), check("bf16, after 4 steps", 1e-4, 0.9999999),
     check("bf16, after 4 steps, their way", 0.1, 0.99),
+    check(scaling.TO_FP32, 0.1, 0.75, ranks=1), check(scaling.TO_FP32, 0.1, 0.5),
 ]  # fmt: skip
 PARITY = {
     "N ranks and one, gradients and after steps, fp32": (4e-7, True),
     "cosine of N ranks and one, gradients and after steps, bf16": (0.99995, True),
+    "distance to the gradient in fp32, N ranks' over one's": (2.0, False),
 }
 
 
