@@ -33,7 +33,6 @@ import torch
 
 from bench.findings import Cell, Findings, run_alone
 from bench.limits import Limits
-from bench.scaling_parity import TO_FP32
 from bench.step import run_side
 from distributed.processes import ranks_per_gpu
 
@@ -42,7 +41,7 @@ CLIPS, CPU_CLIPS = (16, 256), (4,)
 """Of each rank. 16: the default batch of 128 over 8 GPUs, where communication weighs most; 256: a GPU that is full."""
 LIMIT_S = 150.0
 """Of all processes of one number of ranks."""
-LEAST_EFFICIENCY, MOST_DIFFERENCE, LEAST_COSINE, MOST_EXCESS = 0.97, 1e-6, 0.9999, 1.25
+LEAST_EFFICIENCY, MOST_DIFFERENCE, LEAST_COSINE = 0.97, 1e-6, 0.9999
 
 
 def launch(ranks: int, clips: Sequence[int], device: str, tiny: bool, kept: Path) -> list[dict[str, Any]]:
@@ -113,15 +112,17 @@ def tabulate(
             row["x DDP"] = rates[key] / rates["DDP", clips, ranks]
         found.rows.append(row)
     checked = [x for x in lines if "check" in x and x["ranks"] > 1]
-    for line in [x for x in lines if x.get("check") == TO_FP32 and x["ranks"] == 1] + checked:
+    bf16_alone = [x for x in lines if x.get("ranks") == 1 and str(x.get("check")).endswith(("in fp32", "passes"))]
+    for line in bf16_alone + checked:
         found.notes.append(
             f"{line['check']}, {line['ranks']} ranks: {line['difference']:.1e} of the norm apart, within a tensor "
             f"{line['within_a_tensor']:.1e}, temperature {line['temperature']:.1e}, cosine 1 - {1 - line['cosine']:.1e}"
         )
     found.notes += [f"{line['ranks']} ranks ended early: {line['error']}" for line in lines if "error" in line]
 
-    # Not judged: DDP, which the ranks themselves refuse to be timed beside, and the way of a few steps, in which Adam
-    # makes whole steps of gradients that are little more than rounding.
+    # Not judged: DDP, which the ranks themselves refuse to be timed beside; the way of a few steps, in which Adam makes
+    # whole steps of gradients that are little more than rounding; the distance to fp32, which tells how much of the
+    # distance to one rank is bf16's own, and which differs between batches and cuts by a factor of two.
     judged = [x for x in checked if not x["check"].endswith(("DDP", "way", "fp32"))]
     small = max((x["difference"] for x in judged if x["check"].startswith("fp32")), default=None)
     found.check("N ranks and one, gradients and after steps, fp32", small, MOST_DIFFERENCE, "at most")
@@ -134,17 +135,9 @@ def tabulate(
         return
     cosine = min((x["cosine"] for x in judged if x["check"].startswith("bf16")), default=None)
     found.check("cosine of N ranks and one, gradients and after steps, bf16", cosine, LEAST_COSINE)
-    found.check("distance to the gradient in fp32, N ranks' over one's", _excess(lines), MOST_EXCESS, "at most")
     for clips in [] if shares_gpus else sizes:
         efficiency = linear.get(("ours", clips, most_ranks))
         found.check(f"of linear, {most_ranks} GPUs, {clips} clips each", efficiency, LEAST_EFFICIENCY)
-
-
-def _excess(lines: list[dict[str, Any]]) -> float | None:
-    """1 - cosine of the ranks' bf16 gradient to the one in fp32, over the same of one rank; the largest."""
-    distances = {x["ranks"]: 1 - x["cosine"] for x in lines if x.get("check") == TO_FP32}
-    others = [distance for ranks, distance in distances.items() if ranks > 1]
-    return max(others) / distances[1] if others and 1 in distances else None
 
 
 def _where(device: str) -> str:

@@ -2,8 +2,8 @@
 bench/scaling_rank.py.
 
 A run with one rank keeps its gradients and trained weights in a folder; those with more compare with them. In bf16 at
-full size every other cut of a batch rounds otherwise, one rank's own in two passes too: there the gradient in fp32
-tells whether N ranks are further from it than one.
+full size every other cut of a batch rounds otherwise, one rank's own in two passes too: there the distance of each to
+the gradient in fp32 tells how much of that between ranks is rounding.
 """
 
 from pathlib import Path
@@ -85,10 +85,10 @@ def batch_of_rank(shapes: Shapes, world: World, num_clips: int, seed: int) -> Fe
     return on_device(dealt(whole, world.world_size)[world.rank], world.device)
 
 
-def summed_gradients(training: Training, fed: FedBatch) -> dict[str, Tensor]:
+def summed_gradients(training: Training, fed: FedBatch, clips_per_pass: int = 0) -> dict[str, Tensor]:
     """By name, over all ranks."""
     training.zero()
-    training.backward(fed)
+    training.backward(fed, clips_per_pass)
     flat = training.update.flat
     if flat is None:
         sync_gradients(training.params)
@@ -180,7 +180,7 @@ def check_trained(world: World, kept: Path, dtype: str, training: Training, fed:
 def check_at_full_size(
     world: World, kept: Path, shapes: Shapes, built: Built, wire_dtype: torch.dtype | None
 ) -> list[dict[str, Any]]:
-    """In bf16: N ranks against one, gradients and after steps, and both against fp32."""
+    """In bf16: N ranks against one, gradients and after steps; both against fp32; one rank against itself, cut."""
     training = Training(built, OBJECTIVE, True, "off", world, wire_dtype)
     fed = batch_of_rank(shapes, world, CHECKED_CLIPS_AT_FULL_SIZE, seed=2)
     gradients = summed_gradients(training, fed)
@@ -190,6 +190,9 @@ def check_at_full_size(
         del exact
         free_memory(world.device)
     lines.append(against_kept(kept, TO_FP32, world, gradients))
+    for num_passes in (2, 4) if world.world_size == 1 else ():
+        cut = summed_gradients(training, fed, -(-fed.batch.num_clips // num_passes))
+        lines.append({"check": f"bf16, one rank in {num_passes} passes", "ranks": 1, **compare(cut, gradients)})
     return lines + check_trained(world, kept, "bf16", training, fed)
 
 

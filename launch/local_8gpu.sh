@@ -136,7 +136,11 @@ if [[ -f "$root/bin/doctor.py" && -z "${REHEARSE:-}" && "${DOCTOR:-on}" != off ]
     fi
 fi
 plan="$("$python" "$root/bin/preflight.py" --processes "$processes" -- ${first[@]+"${first[@]}"} "$@")" || exit 2
-run_dir="$("$python" -c 'import json, sys; print(json.loads(sys.argv[1])["run_dir"])' "$plan")"
+of_plan() { "$python" -c 'import json, sys; print(json.loads(sys.argv[1]).get(sys.argv[2]))' "$plan" "$1"; }
+run_dir="$(of_plan run_dir)"
+if [[ -z "${REHEARSE:-}" && "$(of_plan device)" == cpu ]]; then
+    say "warning: the settings say --device cpu (the quickstart preset does), so that no GPU is used; --device cuda takes them"
+fi
 
 # -------------------------------------------------------------------------------------------------------------- launch
 if [[ -z "${OMP_NUM_THREADS:-}" ]]; then

@@ -57,6 +57,14 @@ def test_ranks_may_share_the_gpus_there_are(launcher: Launcher) -> None:
     assert "--nproc_per_node=8" in torchrun
 
 
+def test_settings_that_leave_the_gpus_idle_are_told(launcher: Launcher) -> None:
+    launcher.gpus([40000] * 2)
+    for device, is_told in (("cpu", True), ("auto", False)):
+        done = launcher(["bash", SCRIPT, *SAMPLE], PLAN=json.dumps({"run_dir": "runs/a", "device": device}))
+        assert done.returncode == 0, done.stderr
+        assert ("no GPU is used; --device cuda takes them" in done.stderr) == is_told
+
+
 @pytest.mark.parametrize(
     ("variables", "free", "message", "remedy"),
     [
