@@ -97,13 +97,13 @@ def train(config: Config) -> int:
             raise ValueError(
                 f"run_name: {run_dir} already holds checkpoints; go on with --resume auto, or take another --run_name"
             )
-        is_ours = world.is_main  # from here on, whatever happens is told in status.json
+        is_ours = True  # from here on, whatever happens is told in status.json
+        watch.report_to(lambda reason: tell_status(run_dir, "failed", state, reason))
         if world.is_main:
             remove_strays(run_dir)
             write_file_atomically(run_dir / "config.toml", tomli_w.dumps(to_toml(config)).encode())
             write_file_atomically(run_dir / "env.json", json_bytes(environment(str(world.device))))
             tell_status(run_dir, "starting", state)
-            watch.report_to(lambda reason: tell_status(run_dir, "failed", state, reason))
 
         # ------------------------------------------------------------------------------------------------ data
         data = load_datasets(config.data, world, run_dir / "bad_records.jsonl")
@@ -319,7 +319,7 @@ def train(config: Config) -> int:
     except Preempted:
         stop.only_note()
         known = watch.gone()
-        if is_ours:
+        if is_ours and watch.speaks():
             tell_status(run_dir, "preempted", state, f"{known}go on with --run_name {run_dir.name} --resume auto")
             logger.warning("stopped by a signal at step %d", state.step)
         return 0
@@ -327,7 +327,7 @@ def train(config: Config) -> int:
         stop.only_note()
         reason = redact(f"{type(error).__name__}: {error}")[:2000]
         known = watch.last_words(error, reason)
-        if is_ours:
+        if is_ours and watch.speaks():
             reason += f" ({known})" if known else ""
             logger.error("failed at step %d: %s", state.step, reason)
             tell_status(run_dir, "failed", state, reason)

@@ -81,6 +81,7 @@ def last_words(error: BaseException, words: str) -> str:
                 found = watch.store.get(LAST_WORDS_KEY).decode()
             else:
                 found = watch.tell_gone(SEEN_GONE_S)
+                watch.choose_speaker()
 
     asking = threading.Thread(target=ask, name="last-words", daemon=True)
     asking.start()
@@ -96,8 +97,15 @@ def gone() -> str:
     _current.is_leaving = True
     with contextlib.suppress(RuntimeError):
         told = _current.tell_gone()
+        _current.choose_speaker()
         return f"{told}; " if told else ""
     return ""
+
+
+def speaks() -> bool:
+    """Whether this rank is the one that writes down what ended the run: rank 0; where that was seen, by one of the
+    above, to have been killed, the first of its machine that lives."""
+    return _current is None or _current.speaks
 
 
 def start(
@@ -116,7 +124,7 @@ def start(
 
 
 def report_to(report: Callable[[str], None]) -> None:
-    """`report` is given the reason when the thread has to end this process."""
+    """`report` is given the reason when the thread has to end this process, if it is the one that `speaks`."""
     if _current is not None:
         _current.report = report
 
@@ -161,6 +169,7 @@ class RankWatch:
         self.verdict = ""
         self.must_end = ""  # why the main thread is not waited for any longer
         self.is_leaving = False
+        self.speaks = rank == 0
         self.report: Callable[[str], None] = lambda reason: None
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
@@ -199,6 +208,12 @@ class RankWatch:
         while not (ranks := self._gone()) and self.neighbours and time.monotonic() < deadline:
             time.sleep(0.05)
         return "; ".join(f"rank {r} is gone: process {self._pids[r]} has ended" for r in ranks)
+
+    def choose_speaker(self) -> None:
+        """Speak for a rank 0 that was killed; not for one that failed, which has left its last words and told them."""
+        gone = self._gone()
+        first_living = min({self.rank, *self.neighbours} - set(gone))
+        self.speaks |= 0 in gone and first_living == self.rank and not self.store.check([LAST_WORDS_KEY])
 
     def leave(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store may have gone first
@@ -239,7 +254,10 @@ class RankWatch:
     def _end_if_it_must(self) -> None:
         if self.must_end and not self.is_leaving and not self.ended.is_set():
             logger.error("ends here: %s", self.must_end)
-            self.report(self.must_end)
+            with contextlib.suppress(RuntimeError):
+                self.choose_speaker()
+            if self.speaks:
+                self.report(self.must_end)
             self.leave()  # the others name the cause alone
             os._exit(1)  # the main thread cannot be woken
 

@@ -187,6 +187,45 @@ def test_a_rank_that_has_left_in_order_or_is_elsewhere_is_not_gone(monkeypatch: 
     assert watch.gone() == ""
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ended and not collected is told from living by Linux' /proc")
+def test_for_a_rank_0_that_was_killed_the_first_that_lives_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = RuntimeError("[gloo/pair.cc:5] Connection closed by peer")
+
+    def speakers(ranks: Ranks, ask: object) -> list[int]:
+        found = []
+        for r in sorted(ranks.alive - {0}):
+            monkeypatch.setattr(watch, "_current", ranks.watches[r])
+            ask()  # type: ignore[operator]
+            found += [r] if watch.speaks() else []
+        return found
+
+    def ranks_without(*killed: int, **more: range) -> Ranks:
+        ranks, pid = Ranks(4, **{"neighbours": range(4), **more}), ended_process()
+        ranks.run(5.0)
+        for rank in killed:
+            posts_of(ranks, rank, pid)
+        for one in ranks.watches:
+            one._pids.clear()
+        return ranks
+
+    for ask in (lambda: watch.last_words(closed, ""), watch.gone):
+        assert speakers(ranks_without(0), ask) == [1]
+        assert speakers(ranks_without(0, 1), ask) == [2]
+        assert speakers(ranks_without(2), ask) == [], "rank 0 lives"
+        assert speakers(ranks_without(0, neighbours=range(1, 4)), ask) == [], "nobody saw rank 0's process"
+        failed = ranks_without(0)
+        failed.store[watch.LAST_WORDS_KEY] = "rank 0: OSError: no disk"
+        assert speakers(failed, ask) == [], "rank 0 has told its error itself"
+        in_order = ranks_without(0)
+        in_order.watches[0].leave()
+        assert speakers(in_order, ask) == []
+    assert speakers(ranks_without(0), lambda: watch.last_words(OSError("a disk of this rank's own"), "")) == []
+    monkeypatch.setattr(watch, "_current", ranks_without().watches[0])
+    assert watch.speaks()
+    monkeypatch.setattr(watch, "_current", None)
+    assert watch.speaks(), "a run of one process"
+
+
 def test_a_rank_that_failed_is_not_waited_for_long_though_it_may_hang_in_its_end() -> None:
     ranks = Ranks(2)
     ranks.store[watch.LAST_WORDS_KEY] = "rank 1: OSError: no disk"
@@ -208,15 +247,18 @@ def test_with_nccl_the_thread_comes_before_a_time_limit_that_would_abort_without
     assert gloo.watches[0].must_end == "", "its own time-out raises, and that is told in order"
 
 
-def test_ending_from_the_thread_is_told_first(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ending_from_the_thread_is_told_first_by_the_rank_that_speaks(
+    capfd: pytest.CaptureFixture[str], rank: int
+) -> None:
     code = (
         "import sys, time; from distributed import watch\n"
         "class Store(dict):\n"
         "    def set(self, key, value): self[key] = value\n"
         "    def check(self, keys): return False\n"
-        "watch.start(Store(), 0, 2, 0.8); watch.report_to(lambda reason: print('told', reason, flush=True))\n"
+        f"watch.start(Store(), {rank}, 2, 0.8); watch.report_to(lambda reason: print('told', reason, flush=True))\n"
         "watch._current.must_end = 'rank 1 is gone'; time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=watch.ROOT, timeout=30)
     assert done.returncode == 1
-    assert capfd.readouterr().out == "told rank 1 is gone\n"
+    assert capfd.readouterr().out == ("told rank 1 is gone\n" if rank == 0 else "")

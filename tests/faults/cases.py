@@ -48,6 +48,28 @@ def kill(target: str, launcher: str, moment: Literal["any", "save"] = "any") -> 
     return case
 
 
+def kill_rank_0_under_torchrun(shop: Workshop, name: str, chance: random.Random) -> Outcome:
+    """As when the kernel kills it for memory: the rank that writes the status is gone, and another writes it."""
+    reference = shop.reference()
+    job = Job(shop, name, launcher="torchrun")
+    job.start("slow_steps:50")
+    job.until(lambda: job.status()["state"] == "training")
+    time.sleep(chance.uniform(0.0, 0.5))
+    pid, asked = job.rank_pids()[0], time.monotonic()
+    job.kill("rank0")
+    job.until(lambda: job.status()["state"] != "training")
+    seconds = time.monotonic() - asked
+    job.wait()
+    job.until_gone()
+    status = job.status()
+    told = status["state"] == "failed" and f"rank 0 is gone: process {pid} has ended" in status["message"]
+    job.launcher = "nursery"
+    job.finish()
+    return Outcome(
+        told, job.trained() == reference, job.leftovers(), f"{seconds:.1f} s" + ("" if told else f", {status}")
+    )
+
+
 def kill_under_the_launcher(target: str) -> Case:
     """launch/attempts.py brings the run to its end by itself, without a hand."""
 
@@ -240,6 +262,7 @@ TABLE = (
     Row("SIGKILL of rank 0 inside a save", kill("rank0", "nursery", "save"), in_ci=True),
     Row("SIGKILL of all ranks inside a save", kill("all", "nursery", "save")),
     Row("SIGKILL of one rank under torchrun", kill("rank1", "torchrun")),
+    Row("SIGKILL of rank 0 under torchrun: told by another", kill_rank_0_under_torchrun, in_ci=True),
     Row("SIGKILL of torchrun", kill("torchrun", "torchrun"), in_ci=True),
     Row("SIGKILL of torchrun inside a save", kill("torchrun", "torchrun", "save")),
     Row("SIGKILL of one rank under the launcher", kill_under_the_launcher("rank1"), in_ci=True),
