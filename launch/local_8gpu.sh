@@ -108,6 +108,7 @@ if [[ -n "${REHEARSE:-}" ]]; then
     # Flags of the user come later and win.
     first=(--preset quickstart --data_root "$root" --max_steps 20 --run_name "rehearsal_$(date +%Y%m%d_%H%M%S)")
     say "rehearsal: $processes processes on the CPU, tiny towers; figures say nothing about a GPU"
+    [[ -z "${EARMARK_RANKS_PER_GPU:-}" ]] || say "warning: EARMARK_RANKS_PER_GPU means nothing on the CPU"
 else
     find_gpus
     ranks_per_gpu="${EARMARK_RANKS_PER_GPU:-1}"

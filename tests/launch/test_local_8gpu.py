@@ -143,13 +143,15 @@ def test_a_real_rehearsal_trains_and_ends_by_the_status(launcher: Launcher, tmp_
         *("--word_times_path", "None", "--window_fraction", "0", "--no-window_words_as_terms", "--data_root", "."),
         *("--batch_size", "4", "--max_steps", "2", "--run_name", "r", "--check_cache_path", "checks"),
     ]
-    done = launcher(["bash", SCRIPT, *flags], REHEARSE="2", PYTHON=sys.executable, OMP_NUM_THREADS="1")
+    variables = {"REHEARSE": "2", "EARMARK_RANKS_PER_GPU": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = launcher(["bash", SCRIPT, *flags], **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     status = json.loads((tmp_path / "runs" / "r" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 2)
     (log,) = (tmp_path / "logs").glob("train_*.log")
     assert "step      2/2" in log.read_text()
     assert "2 process(es)" in done.stdout
+    assert "EARMARK_RANKS_PER_GPU means nothing on the CPU" in done.stderr
 
 
 def test_help_and_dry_run_go_straight_to_the_trainer(launcher: Launcher) -> None:
