@@ -85,14 +85,14 @@ def start(device: str = "auto", collective_timeout_s: float = 600.0, start_timeo
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        if ranks_per_gpu() > 1:
-            _share_gpu(rank)
     _follow_launcher()
     if world_size == 1:
         return World(rank, world_size, local_rank, chosen, "none", attempt)
 
     if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
         logger.warning("TORCH_NCCL_ASYNC_ERROR_HANDLING is 0: no time limit holds on GPUs; unset it")
+    if chosen.type == "cuda" and ranks_per_gpu() > 1:
+        _share_gpu(rank)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
