@@ -198,15 +198,13 @@ def check_at_full_size(
 
 def fp32_gradients(shapes: Shapes, built: Built, fed: FedBatch) -> dict[str, Tensor] | None:
     """One rank's, of the same weights and in the same mode; None where the device has no room for both models."""
-    ours = {**dict(built.model.named_parameters()), **dict(built.model.named_buffers())}
-    needed = sum(4 * tensor.numel() for tensor in ours.values()) + fed.batch.num_clips * GIB_A_CLIP_IN_FP32 * 2**30
+    num_weights = sum(param.numel() for param in built.model.parameters())
+    needed = 4 * num_weights + fed.batch.num_clips * GIB_A_CLIP_IN_FP32 * 2**30
     if torch.cuda.mem_get_info()[0] < needed:
         return None
     exact = build(shapes, built.model.device, without_dropout(), torch.float32)
     exact.model.train(built.model.training)
-    with torch.no_grad():
-        for name, tensor in [*exact.model.named_parameters(), *exact.model.named_buffers()]:
-            tensor.copy_(ours[name])
+    exact.model.load_state_dict(built.model.state_dict())
     was_allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -81,7 +81,6 @@ def last_words(error: BaseException, words: str) -> str:
                 found = watch.store.get(LAST_WORDS_KEY).decode()
             else:
                 found = watch.tell_gone(SEEN_GONE_S)
-                watch.choose_speaker()
 
     asking = threading.Thread(target=ask, name="last-words", daemon=True)
     asking.start()
@@ -97,14 +96,13 @@ def gone() -> str:
     _current.is_leaving = True
     with contextlib.suppress(RuntimeError):
         told = _current.tell_gone()
-        _current.choose_speaker()
         return f"{told}; " if told else ""
     return ""
 
 
 def speaks() -> bool:
-    """Whether this rank is the one that writes down what ended the run: rank 0; where that was seen, by one of the
-    above, to have been killed, the first of its machine that lives."""
+    """Whether this rank is the one that writes down what ended the run: rank 0; once that was seen to have been killed,
+    the first of its machine that lives."""
     return _current is None or _current.speaks
 
 
@@ -203,17 +201,17 @@ class RankWatch:
                 self.must_end = f"waited for {waited_s:.0f} s: {self.verdict}"
 
     def tell_gone(self, wait_s: float = 0.0) -> str:
-        """Which ranks of this machine have ended without a word, looking for up to `wait_s`."""
+        """Which ranks of this machine have ended without a word, looking for up to `wait_s`.
+
+        For a rank 0 among them the first that lives `speaks`; not for one that failed, which has left its last words
+        and told them.
+        """
         deadline = time.monotonic() + wait_s
         while not (ranks := self._gone()) and self.neighbours and time.monotonic() < deadline:
             time.sleep(0.05)
+        first_living = min({self.rank, *self.neighbours} - set(ranks))
+        self.speaks |= 0 in ranks and first_living == self.rank and not self.store.check([LAST_WORDS_KEY])
         return "; ".join(f"rank {r} is gone: process {self._pids[r]} has ended" for r in ranks)
-
-    def choose_speaker(self) -> None:
-        """Speak for a rank 0 that was killed; not for one that failed, which has left its last words and told them."""
-        gone = self._gone()
-        first_living = min({self.rank, *self.neighbours} - set(gone))
-        self.speaks |= 0 in gone and first_living == self.rank and not self.store.check([LAST_WORDS_KEY])
 
     def leave(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store may have gone first
@@ -254,8 +252,6 @@ class RankWatch:
     def _end_if_it_must(self) -> None:
         if self.must_end and not self.is_leaving and not self.ended.is_set():
             logger.error("ends here: %s", self.must_end)
-            with contextlib.suppress(RuntimeError):
-                self.choose_speaker()
             if self.speaks:
                 self.report(self.must_end)
             self.leave()  # the others name the cause alone

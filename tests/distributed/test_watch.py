@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch.distributed
@@ -191,11 +192,11 @@ def test_a_rank_that_has_left_in_order_or_is_elsewhere_is_not_gone(monkeypatch: 
 def test_for_a_rank_0_that_was_killed_the_first_that_lives_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = RuntimeError("[gloo/pair.cc:5] Connection closed by peer")
 
-    def speakers(ranks: Ranks, ask: object) -> list[int]:
+    def speakers(ranks: Ranks, ask: Callable[[], str]) -> list[int]:
         found = []
         for r in sorted(ranks.alive - {0}):
             monkeypatch.setattr(watch, "_current", ranks.watches[r])
-            ask()  # type: ignore[operator]
+            ask()
             found += [r] if watch.speaks() else []
         return found
 
